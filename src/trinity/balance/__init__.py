@@ -1,0 +1,1 @@
+"""Floor 2: rules that move router biases, and health figures of the routing."""

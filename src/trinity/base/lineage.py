@@ -1,0 +1,65 @@
+"""Where a thing came from: stable fingerprints, and a parent-to-child record that travels with every artefact."""
+
+import hashlib
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from trinity.base.durable import write_json
+
+LINEAGE = "lineage.json"
+
+
+def fingerprint(value: Any) -> str:
+    """A 16-digit name for a JSON-like value; equal values have equal names on every machine."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code_version() -> dict[str, str]:
+    """The package version and, in a working copy, the git commit (with '+changes' when it is not clean)."""
+    try:
+        found = {"trinity": version("trinity")}
+    except PackageNotFoundError:
+        found = {"trinity": "source"}
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5
+        )
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return found
+    if commit.returncode == 0:
+        found["commit"] = commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Versions that a number may depend on."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+    for package in ("torch", "numpy", "tokenizers", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_lineage(folder: Path, kind: str, parents: dict[str, Any], made_by: dict[str, Any]) -> None:
+    """Record beside an artefact what it was made from (`parents`: name -> fingerprint or hash) and by what."""
+    write_json(
+        folder / LINEAGE,
+        {"kind": kind, "parents": parents, "made_by": made_by, "code": code_version(), "environment": environment()},
+    )
+
+
+def read_lineage(folder: Path) -> dict[str, Any]:
+    """The lineage record of a folder, or an empty one where none was written."""
+    path = folder / LINEAGE
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,51 @@
+"""A run folder: one place and one write path for everything a run leaves behind, readable while the run goes on.
+
+    config.json      the resolved configuration and its fingerprint
+    metrics.jsonl    one JSON object a line; every line carries "kind" (step, evaluation, sample, guard, ...) and "step"
+    lineage.json     what the run was made from
+    checkpoints/     see ckpt/folder.py
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trinity.base.durable import refusing_disk, write_durably
+
+METRICS = "metrics.jsonl"
+CONFIG = "config.json"
+
+
+class MetricsLog:
+    """Append-only metrics.jsonl. Reopened at a step, it drops the lines a lost stretch of the run had written."""
+
+    def __init__(self, run: Path, resume_step: int) -> None:
+        self.path = run / METRICS
+        if self.path.exists():
+            kept = [line for line in read_lines(self.path) if line.get("step", 0) <= resume_step]
+            write_durably(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append one line. Floats are written in full (repr), so equal runs have equal logs."""
+        with refusing_disk(self.path):
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        with refusing_disk(self.path):
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSONL file; a last line cut off by a kill is left out."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue

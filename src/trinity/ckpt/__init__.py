@@ -1,0 +1,1 @@
+"""Floor 3: checkpoints and model folders: names, reading, writing, verifying."""

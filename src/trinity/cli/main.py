@@ -1,0 +1,103 @@
+"""`trinity`: the table of commands. Nothing heavy is imported before a command needs it.
+
+A command module offers `configure(parser)`, which adds its arguments and sets `action`, a function of the parsed
+arguments. A mistake ends in one clear line with the remedy: exit code 2 for usage, 1 for failure.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+from trinity.base.errors import TrinityError, nearest
+
+COMMANDS = {
+    "demo": ("trinity.cli.demo", "the whole story on this machine, from raw text to a served model"),
+    "data": ("trinity.cli.data", "ingest, curate, rewrite, tokenize, mix and inspect text"),
+    "tokenizer": ("trinity.cli.tokenizer", "train a byte-level BPE tokenizer"),
+    "plan": ("trinity.cli.plan", "parameters and memory of a recipe, from its configuration alone"),
+    "train": ("trinity.cli.train", "pretrain a model; the same command again resumes"),
+    "align": ("trinity.cli.align", "fine-tune a model on conversations"),
+    "generate": ("trinity.cli.generate", "complete a prompt"),
+    "chat": ("trinity.cli.chat", "talk to a model in the terminal"),
+    "serve": ("trinity.cli.serve", "offer a model through an OpenAI-compatible API"),
+    "import": ("trinity.cli.import_", "read a published checkpoint"),
+    "export": ("trinity.cli.export", "write a model as a Hugging Face folder"),
+    "audit": ("trinity.cli.audit", "measure what a model learnt, leaks and routes, with intervals"),
+    "release": ("trinity.cli.release", "bundle, sign and seal a model"),
+    "verify": ("trinity.cli.verify", "check a release's bytes and signature"),
+    "report": ("trinity.cli.report", "one self-contained page about one or more runs"),
+}
+
+HELP = "usage: trinity COMMAND ...\n\nOwn a frontier-style sparse language model, from raw text to a served token.\n\ncommands:\n"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line with a remedy."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. Try '{self.prog} --help'.\n")
+
+
+def show_help() -> None:
+    rows = "".join(f"  {name:<10} {summary}\n" for name, (_, summary) in COMMANDS.items())
+    print(f"{HELP}{rows}\nexample:   trinity train debug --out runs/debug && trinity generate runs/debug --prompt 'def '")
+    print("           'trinity COMMAND --help' shows what a command takes, with an example.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        show_help()
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"trinity {version('trinity')}")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        print(f"trinity: unknown command '{name}'. {nearest(name, list(COMMANDS))}", file=sys.stderr)
+        return 2
+    return run_command(name, arguments[1:])
+
+
+def run_command(name: str, arguments: list[str]) -> int:
+    """Parse and carry out one command; turn every failure into one line and an exit code."""
+    module_name, summary = COMMANDS[name]
+    try:
+        module = importlib.import_module(module_name)
+        parser = Parser(
+            prog=f"trinity {name}",
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=(module.__doc__ or "").partition("\n\n")[2],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.configure(parser)
+        options = parser.parse_args(arguments)
+        options.action(options)
+        sys.stdout.flush()
+    except TrinityError as error:
+        print(f"trinity {name}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\ntrinity {name}: interrupted. What was saved stays; the same command again goes on.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("TRINITY_TRACEBACK"):
+            raise
+        print(
+            f"trinity {name}: unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
+            "This is a defect of trinity; TRINITY_TRACEBACK=1 shows where.",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

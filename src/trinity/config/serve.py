@@ -1,0 +1,15 @@
+"""ServeConfig: how a model is offered to clients, and the defaults of generation."""
+
+from dataclasses import dataclass
+
+from trinity.config.knob import knob
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    host: str = knob("address to listen on; anything but loopback needs API keys", "127.0.0.1")
+    port: int = knob("port to listen on; 0 picks a free one", 8000)
+    max_active: int = knob("requests that generate at once; further ones wait", 8)
+    max_queued: int = knob("requests that may wait; a further one is answered 429", 64)
+    max_new_tokens: int = knob("new tokens when a request names no limit", 256)
+    request_seconds: float = knob("a request still generating after this long is ended", 600.0)

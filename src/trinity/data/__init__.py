@@ -1,0 +1,1 @@
+"""Floor 3: from files to documents to token shards to training batches."""

@@ -1,0 +1,1 @@
+"""Floor 2: the AFMoE architecture on one device. Read transformer.py first."""

@@ -1,0 +1,120 @@
+"""Routed experts, stacked: three matrices an expert, one grouped matmul for all of them, and its plain twin.
+
+Shapes: N tokens, K chosen, R = N x K routed rows, E experts, D width, F hidden width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trinity.config.model import ModelConfig
+from trinity.model.layers import SwiGLU
+from trinity.model.router import Router, Routing
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts. The published per-expert matrices are stacked along the first dimension (ckpt/names.py)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, width, hidden = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2, hidden, width))  # [:, 0] gate, [:, 1] up
+        self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """x: [N, D] -> [N, D]: the weighted sum of each token's chosen experts. Nothing is dropped."""
+        order = routing.chosen.flatten().argsort(stable=True)  # rows grouped by expert
+        ends = routing.counts().cumsum(0)
+        rows = GatherRows.apply(x, order, routing.chosen.shape[1])
+        gate, up = grouped_matmul(rows, self.gate_up_proj.flatten(1, 2), ends).chunk(2, dim=-1)
+        rows = grouped_matmul(F.silu(gate) * up, self.down_proj, ends)
+        return CombineRows.apply(rows, routing.weights, order)
+
+
+class MixtureOfExperts(nn.Module):
+    """shared(x) + sum over the chosen experts of weight x expert(x). `expert_bias` belongs to selection alone."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = (
+            SwiGLU(config.hidden_size, config.moe_intermediate_size * config.num_shared_experts)
+            if config.num_shared_experts
+            else None
+        )
+        self.expert_bias: Tensor
+        self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """x: [B, T, D] -> ([B, T, D], Routing over the B x T tokens)."""
+        flat = x.flatten(0, 1)
+        routing = self.router(flat, self.expert_bias)
+        out = self.experts(flat, routing)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(flat)
+        return out.view_as(x), routing
+
+
+def grouped_matmul(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """rows[a:b] @ weights[e].T for each expert's stretch [a, b) of rows: [R, I] x [E, O, I] -> [R, O].
+
+    `ends` [E] int64 are the cumulative row counts. Falls to the loop where grouped_mm does not take the shapes
+    (its strides must be multiples of 16 bytes) or the precision.
+    """
+    aligned = 16 // rows.element_size()
+    if rows.shape[1] % aligned or weights.shape[1] % aligned:
+        return grouped_matmul_loop(rows, weights, ends)
+    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends.to(torch.int32))
+
+
+def grouped_matmul_loop(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """The plain twin of `grouped_matmul`: one matmul an expert. (unbind, not indexing: its backward is one stack.)"""
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    parts = [part @ weight.T for part, weight in zip(rows.split(sizes), weights.unbind(0), strict=True) if len(part)]
+    return torch.cat(parts) if parts else rows.new_zeros(0, weights.shape[1])
+
+
+class GatherRows(torch.autograd.Function):
+    """x [N, D] -> [R, D]: the token of each routed row. Backward is a gather too, so it is deterministic and parallel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.shape = (x.shape[0], top_k)
+        return x.index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        tokens, top_k = ctx.shape
+        return grads[0].index_select(0, inverse(order)).view(tokens, top_k, -1).sum(1), None, None
+
+
+class CombineRows(torch.autograd.Function):
+    """rows [R, D], weights [N, K] -> [N, D]: the weighted sum of each token's rows, in the order of its choices."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor) -> Tensor:
+        tokens, top_k = weights.shape
+        back = rows.index_select(0, inverse(order)).view(tokens, top_k, -1)
+        ctx.save_for_backward(back, weights, order)
+        return torch.bmm(weights.to(rows.dtype).unsqueeze(1), back).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        back, weights, order = ctx.saved_tensors
+        grad = grads[0]
+        top_k = weights.shape[1]
+        grad_weights = torch.bmm(back, grad.unsqueeze(2)).squeeze(2).to(weights.dtype)
+        scale = weights.to(grad.dtype).flatten()[order]
+        return grad.index_select(0, order // top_k).mul_(scale.unsqueeze(1)), grad_weights, None
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes `order`."""
+    result = torch.empty_like(order)
+    result[order] = torch.arange(len(order), device=order.device)
+    return result

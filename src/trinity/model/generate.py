@@ -1,0 +1,18 @@
+"""Slow, obvious generation: the whole text is read again for every token. The oracle the engine is tested against."""
+
+import torch
+
+from trinity.model.transformer import Transformer
+
+
+@torch.no_grad()
+def continue_greedily(model: Transformer, tokens: list[int], new_tokens: int, stop: set[int] | None = None) -> list[int]:
+    """The `new_tokens` most likely next tokens, one after another; ends early at a token of `stop` (not returned)."""
+    text = list(tokens)
+    for _ in range(new_tokens):
+        hidden = model(torch.tensor([text])).hidden[0, -1]
+        token = int(model.head(hidden).argmax())
+        if stop and token in stop:
+            break
+        text.append(token)
+    return text[len(tokens) :]

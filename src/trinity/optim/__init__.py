@@ -1,0 +1,1 @@
+"""Floor 2: Muon, parameter groups and schedules on one device."""

@@ -1,0 +1,1 @@
+"""Floor 6: bundle, card, signature, verification."""

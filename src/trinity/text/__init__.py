@@ -1,0 +1,1 @@
+"""Floor 2: tokenizer, BPE training, chat template. No torch."""

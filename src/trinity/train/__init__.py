@@ -1,0 +1,1 @@
+"""Floor 4: the training loop: one step, then its duties."""
