@@ -1,0 +1,187 @@
+"""Read and write the published checkpoint format: a Hugging Face folder of an `AfmoeForCausalLM`.
+
+Loading changes no value. Saving writes the published names, every router key, both RoPE forms, and the selection bias in
+float32: engines that miss one of these fall back to other arithmetic without a word.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trinity.base.durable import write_json
+from trinity.base.errors import CheckpointError, ConfigError
+from trinity.ckpt.names import published_tensors, slot_of
+from trinity.config.load import from_dict
+from trinity.config.model import ModelConfig
+from trinity.model.init import build_on_meta
+from trinity.model.transformer import Transformer
+
+SHARD_BYTES = 5 * 10**9
+INDEX = "model.safetensors.index.json"
+_SHARED_KEYS = [name for name in ModelConfig.__dataclass_fields__ if name != "mup_enabled"]
+_FLOAT32_ALWAYS = ("expert_bias", "router.gate.weight", "norm.weight", "layernorm.weight")
+_FIXED = {
+    "architectures": ["AfmoeForCausalLM"],
+    "model_type": "afmoe",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "score_func": "sigmoid",
+    "route_norm": True,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_expert_groups": 1,
+    "num_limited_groups": 1,
+    "rope_scaling": None,
+    "use_cache": True,
+    "use_grouped_mm": True,
+}
+# Published keys that change the arithmetic: a checkpoint with another value is not the model we implement.
+_DEMANDED = ("hidden_act", "attention_bias", "tie_word_embeddings", "score_func", "route_norm", "n_group", "topk_group")
+
+
+def published_config(config: ModelConfig, dtype: torch.dtype, load_balance_coeff: float) -> dict[str, Any]:
+    """The config.json of a model: all that transformers, vLLM, SGLang and llama.cpp read, under both old and new names."""
+    return {
+        **_FIXED,
+        **{name: getattr(config, name) for name in _SHARED_KEYS},
+        "mup_enabled": config.mup_enabled,
+        "layer_types": config.layer_types,
+        "num_local_experts": config.num_experts,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "initializer_range": 0.02,
+        "load_balance_coeff": load_balance_coeff,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def config_from_published(values: dict[str, Any], where: Path) -> ModelConfig:
+    """A ModelConfig from a published config.json; CheckpointError where it asks for arithmetic that AFMoE has not."""
+    if values.get("model_type") != "afmoe":
+        raise CheckpointError(
+            f"{where} holds a '{values.get('model_type')}' model.", "Only AFMoE models (the Trinity family) can be read."
+        )
+    for key in _DEMANDED:
+        if key in values and values[key] != _FIXED[key]:
+            raise CheckpointError(f"{where}: {key} is {values[key]!r}; AFMoE has {_FIXED[key]!r}.", "It cannot be read.")
+    rope = values.get("rope_parameters") or {}
+    if values.get("rope_scaling") or rope.get("rope_type", "default") != "default":
+        raise CheckpointError(f"{where} asks for RoPE scaling.", "The published Trinity models use none; it cannot be read.")
+    known = {name: values[name] for name in [*_SHARED_KEYS, "mup_enabled"] if name in values}
+    if "rope_theta" in rope:
+        known["rope_theta"] = rope["rope_theta"]
+    try:
+        config = from_dict(ModelConfig, known)
+    except ConfigError as error:
+        raise CheckpointError(f"{where} is not a whole AFMoE configuration: {error}") from error
+    if values.get("layer_types", config.layer_types) != config.layer_types:
+        raise CheckpointError(
+            f"{where}: layer_types is not one global layer in every {config.global_attn_every_n_layers}.",
+            "Such a schedule cannot be read.",
+        )
+    return config
+
+
+def read_published_config(folder: Path) -> ModelConfig:
+    path = folder / "config.json"
+    try:
+        return config_from_published(json.loads(path.read_text()), path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no config.json.", "Name a Hugging Face folder or a run folder.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.", "Copy the file again.") from error
+
+
+def read_hf(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model of a Hugging Face folder in `dtype`; router, norms and selection bias are float32 in any case."""
+    config = read_published_config(folder)
+    model = build_on_meta(config)
+    state = {
+        name: keep_precision(name, torch.empty(meta.shape, dtype=dtype), dtype)
+        for name, meta in model.state_dict().items()
+    }
+    missing = dict(published_tensors(state))
+    for shard in _shards(folder):
+        for name, tensor in _read_shard(shard):
+            slot = slot_of(name, state)
+            if slot is None:
+                raise CheckpointError(f"{shard}: unexpected tensor {name}.", "config.json and the weights do not belong together.")
+            if slot[1].shape != tensor.shape:
+                raise CheckpointError(
+                    f"{shard}: {name} has shape {list(tensor.shape)}, config.json asks for {list(slot[1].shape)}.",
+                    "config.json and the weights do not belong together.",
+                )
+            slot[1].copy_(tensor)
+            missing.pop(name, None)
+    if missing:
+        first = ", ".join(list(missing)[:3])
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors, among them {first}.", "Copy the folder again.")
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def keep_precision(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in `dtype`, or in float32 where it decides routing or normalises (design: numerical contract)."""
+    return tensor.to(torch.float32 if name.endswith(_FLOAT32_ALWAYS) else dtype)
+
+
+def write_hf(
+    folder: Path,
+    model: Transformer,
+    dtype: torch.dtype = torch.float32,
+    load_balance_coeff: float = 5e-4,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write config.json and the weights (sharded by `shard_bytes`) into an existing folder.
+
+    Tokenizer, generation_config, card and manifest are the bundle's (release/bundle.py).
+    """
+    config = published_config(model.config, dtype, load_balance_coeff)
+    write_json(folder / "config.json", config)
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    for name, tensor in published_tensors(model.state_dict()):
+        saved = tensor.detach().to(torch.float32 if name.endswith("expert_bias") else dtype).contiguous()
+        bytes_ = saved.numel() * saved.element_size()
+        if size and size + bytes_ > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = saved
+        size, total = size + bytes_, total + bytes_
+    if len(shards) == 1:
+        _write_shard(folder / "model.safetensors", shards[0])
+        return
+    where = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(folder / file, shard)
+        where |= dict.fromkeys(shard, file)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    # Views of one stack share storage, which safetensors refuses; each tensor gets its own.
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        return [folder / file for file in files]
+    return [folder / "model.safetensors"]
+
+
+def _read_shard(path: Path) -> list[tuple[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing.", "Copy the folder again.") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is cut off or altered: {error}.", "Copy the file again.") from error
