@@ -1,0 +1,35 @@
+"""Newton-Schulz: the nearest (semi-)orthogonal matrix, of one matrix or of a stack of them at once.
+
+The quintic iteration of Muon (Jordan et al. 2024, coefficients 3.4445, -4.7750, 2.0315) drives all singular values into
+roughly [0.7, 1.2] in five steps. Cost per m x n matrix (m <= n): steps x (4 m^2 n + 2 m^3) FLOPs.
+"""
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_EPS = 1e-7
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[..., m, n] -> same shape in `dtype`: each matrix orthogonalised by itself. A zero matrix stays zero."""
+    a, b, c = COEFFICIENTS
+    x = matrices.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    flat = x.flatten(0, -3) if x.dim() > 3 else x
+    stack = flat if flat.dim() == 3 else flat.unsqueeze(0)
+    stack = stack / stack.flatten(1).norm(dim=1).clamp(min=_EPS)[:, None, None]
+    for _ in range(steps):
+        gram = stack @ stack.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        stack = torch.baddbmm(stack, polynomial, stack, beta=a)
+    x = stack.view(x.shape)
+    return x.mT if tall else x
+
+
+def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
+    """Floating-point operations of orthogonalising one matrix."""
+    small, large = min(rows, columns), max(rows, columns)
+    return steps * (4 * small * small * large + 2 * small**3)
