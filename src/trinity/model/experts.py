@@ -73,8 +73,7 @@ def grouped_matmul(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 def grouped_matmul_loop(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """The plain twin of `grouped_matmul`: one matmul an expert. (unbind, not indexing: its backward is one stack.)"""
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    parts = [part @ weight.T for part, weight in zip(rows.split(sizes), weights.unbind(0), strict=True) if len(part)]
-    return torch.cat(parts) if parts else rows.new_zeros(0, weights.shape[1])
+    return torch.cat([part @ weight.T for part, weight in zip(rows.split(sizes), weights.unbind(0), strict=True)])
 
 
 class GatherRows(torch.autograd.Function):
