@@ -1,0 +1,137 @@
+"""A model in the hand: `trinity.load(path)`, then logits, generate, score, chat.
+
+    import trinity
+    m = trinity.load("path/to/model")
+    print(m.generate("def fibonacci(n):").text)
+
+A text is preceded by the begin mark, as documents were in training; token ids are taken as they are.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trinity.base.errors import RequestError, UsageError
+from trinity.ckpt.opened import OpenedModel, open_model
+from trinity.engine.engine import Engine, end_tokens, run
+from trinity.engine.request import Generation, Piece, Request, SamplingParams, gather
+from trinity.model.transformer import Transformer
+from trinity.text.chat import Message, render
+from trinity.text.tokenizer import Tokenizer
+
+LATER = ("int8", "int4")
+
+
+def load(path: Path | str, dtype: str = "float32") -> "LoadedModel":
+    """A Hugging Face folder or a run folder, ready to be asked. dtype: 'float32' or 'bfloat16'.
+
+    Router, norms and selection bias stay in float32 in either. CheckpointError where the folder is not a whole model.
+    """
+    if dtype in LATER:
+        raise UsageError(
+            f"Loading in {dtype} comes with a later release.", "Use dtype 'bfloat16' to halve the memory of float32."
+        )
+    return LoadedModel(open_model(path, dtype))
+
+
+class LoadedModel:
+    """Opened weights and the calls that use them. Not for use by several threads at once; `serve` is."""
+
+    def __init__(self, opened: OpenedModel) -> None:
+        self.opened = opened
+        self.end_ids = end_tokens(opened.tokenizer, opened.generation)
+
+    @property
+    def name(self) -> str:
+        return self.opened.name
+
+    @property
+    def model(self) -> Transformer:
+        return self.opened.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.opened.tokenizer
+
+    def engine(self, max_active: int = 8) -> Engine:
+        """A fresh engine over these weights."""
+        return Engine(self.model, self.tokenizer, self.end_ids, max_active)
+
+    def prompt(self, text_or_ids: str | Sequence[int]) -> tuple[int, ...]:
+        """The tokens the model reads for a text (begin mark first) or for ids (as they are)."""
+        if isinstance(text_or_ids, str):
+            return (self.tokenizer.bos_id, *self.tokenizer.encode(text_or_ids))
+        return tuple(int(token) for token in text_or_ids)
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> Tensor:
+        """[batch, time] int64 -> [batch, time, vocab] float32: the next-token logits at every place."""
+        if ids.dim() != 2 or ids.dtype != torch.int64:
+            raise RequestError(f"ids has shape {list(ids.shape)} and type {ids.dtype}.", "Give [batch, time] int64.")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.model.config.vocab_size:
+            raise RequestError(
+                f"ids reach from {int(ids.min())} to {int(ids.max())}.",
+                f"Token ids lie between 0 and {self.model.config.vocab_size - 1}.",
+            )
+        return self.model.head(self.model(ids).hidden)
+
+    def generate(
+        self, text_or_ids: str | Sequence[int], max_new_tokens: int = 64, temperature: float = 0.0, **sampling: Any
+    ) -> Generation:
+        """Continue a text. `sampling` takes the fields of SamplingParams; log-probabilities of the new tokens are given."""
+        return self._answer(self.prompt(text_or_ids), max_new_tokens, temperature, sampling)
+
+    def chat(
+        self, messages: Sequence[Message], max_new_tokens: int = 256, temperature: float = 0.0, **sampling: Any
+    ) -> Generation:
+        """The assistant's next turn. messages: [{"role": "user", "content": "..."}, ...]."""
+        return self._answer(self.chat_prompt(messages), max_new_tokens, temperature, sampling)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        return tuple(render(messages, self.tokenizer, add_generation_prompt=True).tokens)
+
+    def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[Piece]:
+        """The answer to a prompt of ids (see `prompt`, `chat_prompt`) piece by piece; leaving early frees everything."""
+        engine = self.engine(max_active=1)
+        engine.submit(Request(prompt=tuple(prompt), sampling=sampling))
+        while engine.busy:
+            for piece in engine.step():
+                if piece.error is not None:
+                    raise piece.error
+                yield piece
+
+    def score(self, text_or_ids: str | Sequence[int]) -> list[float | None]:
+        """The log-probability (nats) of each token given all before it; one entry a token.
+
+        Of a text every token has one, since the begin mark precedes it (the mark itself has no entry). The first of given
+        ids has nothing before it: its entry is None.
+        """
+        prompt = self.prompt(text_or_ids)
+        request = Request(prompt=prompt, sampling=SamplingParams(max_new_tokens=0, prompt_logprobs=0))
+        (pieces,) = run(self.engine(max_active=1), [request])
+        gather(pieces, len(prompt))
+        following = [entry.logprob for piece in pieces for entry in piece.prompt_logprobs]
+        return [*following] if isinstance(text_or_ids, str) else [None, *following]
+
+    def _answer(
+        self, prompt: tuple[int, ...], max_new_tokens: int, temperature: float, sampling: dict[str, Any]
+    ) -> Generation:
+        asked = sampling_from(
+            {"logprobs": 0} | sampling | {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        )
+        (pieces,) = run(self.engine(max_active=1), [Request(prompt=prompt, sampling=asked)])
+        return gather(pieces, len(prompt))
+
+
+def sampling_from(values: dict[str, Any]) -> SamplingParams:
+    """SamplingParams from keyword arguments; a name it does not have is a RequestError."""
+    unknown = sorted(set(values) - set(SamplingParams.__dataclass_fields__))
+    if unknown:
+        raise RequestError(
+            f"There is no sampling parameter '{unknown[0]}'.",
+            f"Known: {', '.join(SamplingParams.__dataclass_fields__)}.",
+        )
+    return SamplingParams(**values)
