@@ -39,7 +39,9 @@ def sections_of_comparison(runs: Sequence[RunRecord]) -> list[Section]:
         ),
     ]
     samples = [
-        CodeSample(title=run.name, prompt=str(run.samples[-1].get("prompt", "")), text=str(run.samples[-1].get("text", "")))
+        CodeSample(
+            title=run.name, prompt=str(run.samples[-1].get("prompt", "")), text=str(run.samples[-1].get("text", ""))
+        )
         for run in runs
         if run.samples
     ]
@@ -76,7 +78,9 @@ def _differences(runs: list[RunRecord]) -> list[Table]:
         lines = [line.partition(": ") for line in differences(runs[0].config, run.config)]
         if lines:
             rows = [[key, *change.split(" -> ", 1)] for key, _, change in lines]
-            tables.append(Table(caption=f"{runs[0].name} and {run.name}", header=["key", runs[0].name, run.name], rows=rows))
+            tables.append(
+                Table(caption=f"{runs[0].name} and {run.name}", header=["key", runs[0].name, run.name], rows=rows)
+            )
     return tables
 
 

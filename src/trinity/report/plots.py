@@ -7,6 +7,7 @@ Series colours are placeholders while matplotlib draws and CSS variables afterwa
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ _INK = "#010203"
 _FAINT = "#040506"
 _SERIES = [f"#a1000{number}" for number in range(1, 7)]
 _POINTS = 600  # most points of one line: more are averaged, which no eye could tell apart
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "trinity",
     "font.size": 10.5,
@@ -46,7 +47,9 @@ _STYLE = {
 Line = tuple[str, Sequence[float], Sequence[float]]  # label, tokens, values
 
 
-def lines(series: list[Line], unit: str, *, log: bool = False, smooth: bool = False, floor: float | None = None) -> str:
+def lines(
+    series: Sequence[Line], unit: str, *, log: bool = False, smooth: bool = False, floor: float | None = None
+) -> str:
     """Values over tokens, one line a series. `smooth` draws the raw values faintly behind their running mean."""
     with rc_context(_STYLE):
         figure, axes = _canvas()
@@ -171,7 +174,7 @@ def _thinned(values: Sequence[float]) -> list[float]:
     return [sum(part) / len(part) for i in range(0, len(values), stretch) if (part := values[i : i + stretch])]
 
 
-def _running_mean(values: list[float], memory: float = 0.9) -> list[float]:
+def _running_mean(values: list[float], memory: float = 0.8) -> list[float]:
     """Exponential mean, corrected for its start so that the first values are not pulled to zero."""
     mean, weight, out = 0.0, 0.0, []
     for value in values:

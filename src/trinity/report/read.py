@@ -1,4 +1,4 @@
-"""A run folder becomes plain tables. Nothing is locked and nothing is written, so a run can be read while it goes on."""
+"""A run folder becomes plain tables. Nothing is locked or written, so a run can be read while it goes on."""
 
 import json
 from dataclasses import dataclass, field
@@ -56,7 +56,9 @@ def read_run(folder: Path) -> RunRecord:
     if not folder.is_dir():
         raise DataError(f"There is no run folder at {folder}.", "Name a folder that `trinity train --out` has written.")
     if not (folder / METRICS).exists():
-        raise DataError(f"{folder} has no {METRICS}, so it is not a run.", "Name a folder that a training run writes to.")
+        raise DataError(
+            f"{folder} has no {METRICS}, so it is not a run.", "Name a folder that a training run writes to."
+        )
     tables: dict[str, list[Row]] = {table: [] for table in _KINDS.values()}
     for row in read_lines(folder / METRICS):
         if isinstance(row, dict) and row.get("kind") in _KINDS:

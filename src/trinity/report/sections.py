@@ -108,8 +108,8 @@ def _experts(run: RunRecord) -> Section:
         figures.append(Drawing(title="MaxVio in each sparse layer", svg=plots.max_violation(run), caption=caption))
     if run.column("load_entropy")[0]:
         series = [("load entropy", *run.column("load_entropy"))]
-        caption = "How evenly tokens are spread over the experts; falls when few experts take all."
-        figures.append(Drawing(title="Load entropy", svg=plots.lines(series, "load entropy"), caption=caption))
+        caption = "Entropy of the expert load over that of an even load, mean of all layers. 1 is perfect balance."
+        figures.append(Drawing(title="Load entropy", svg=plots.lines(series, "share of the largest"), caption=caption))
     for layer in _spread(len(next(iter(run.layers("expert_load")[1]), []))):
         figures.append(
             Drawing(
@@ -134,7 +134,7 @@ def _steps(run: RunRecord) -> Section:
         Drawing(
             title="BatchHet",
             svg=plots.batch_het([run]),
-            caption="How far the microbatches of one step differ in loss; random document order keeps it low.",
+            caption="Worst microbatch of a step over the mean of all, in loss; mixing documents keeps it low.",
         ),
         Drawing(title="Speed", svg=plots.tokens_per_second([run])),
     ]
