@@ -55,19 +55,20 @@ def release_model(
     opened = open_model(source)
     audited = read_audit(audit) if audit is not None else None
     gates = check_gates(opened, audited, waivers or {})
-    staged = out.with_name(f".{out.name}.unsigned")
-    with folder_aside(staged) as folder:
-        write_model(folder, opened)
-        _write_papers(folder, out.name, opened, gates, audited)
-        write_durably(folder / PUBLIC_KEY, public)
+    hidden = out.with_name(f".{out.name}.unsigned")
+    staged = hidden / out.name  # the signature holds the folder's name, so it has the final one
     try:
+        with folder_aside(staged) as folder:
+            write_model(folder, opened)
+            _write_papers(folder, out.name, opened, gates, audited)
+            write_durably(folder / PUBLIC_KEY, public)
         sign_folder(staged, private_key)
         verdict = verify_release(staged)
         if not verdict.holds:
             raise VerificationError(f"The new release does not verify: {'; '.join(verdict.problems)}.", "Try again.")
         _move(staged, out)
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Released(folder=out, gates=gates, files=verdict.files, bytes=size)
 

@@ -6,6 +6,7 @@ Nothing is claimed that is not computed from the configuration, read from the ru
 from collections.abc import Sequence
 from typing import Any
 
+from trinity.base.lineage import fingerprint
 from trinity.base.units import show_bytes, show_count
 from trinity.config.model import ModelConfig
 from trinity.plan.memory import kv_bytes
@@ -55,8 +56,8 @@ def model_card(
 
 _CHECK = """## How to check it
 
-`manifest.json` holds the sha256 and the size of every file, `model.sig` a signature over all of them in the OpenSSF model
-signing format. With the publisher's public key, obtained from them and not from this folder:
+`manifest.json` holds the sha256 and the size of every file, `model.sig` a signature over all of them in the OpenSSF
+model signing format. With the publisher's public key, obtained from them and not from this folder:
 
 ```console
 $ trinity verify . --key publisher.pem
@@ -106,7 +107,7 @@ def _training(run: RunRecord, step: int | None) -> list[str]:
         where = f"step {last['step']:,}" + (f", {last['bytes']:,} bytes of held-out text" if "bytes" in last else "")
         rows.append(["bits per byte", f"{last['bits_per_byte']:.4f} ({where}; one evaluation, no interval)"])
     recipe, seed = run.config.get("name"), run.config.get("train", {}).get("seed")
-    made = f"`trinity train {recipe}` with seed {seed}" if recipe else "a training run"
+    made = f"a run of recipe `{recipe}`, seed {seed}, configuration `{fingerprint(run.config)}`" if recipe else "a run"
     return (
         [f"## Training\n\nRead from the metrics of {made}.\n", markdown_table(["quantity", "value"], rows)]
         if rows
@@ -123,7 +124,7 @@ def _audit(audit: AuditRecord | None, gates: Sequence[Gate]) -> list[str]:
             str(measure["probe"]),
             str(measure["name"]),
             ", ".join(f"{key} {value}" for key, value in measure.get("of", {}).items()),
-            f"{_number(measure['value'])} [{_number(measure['low'])}, {_number(measure['high'])}] {measure.get('unit', '')}".strip(),
+            _with_interval(measure),
             f"{measure.get('n', '–')} {measure.get('counted', '')}".strip(),
         ]
         for measure in audit.measures
@@ -150,6 +151,11 @@ def _origin(lineage: dict[str, Any], where: str = "") -> list[list[str]]:
         else:
             rows.append([f"{where}{name}", str(value)])
     return rows
+
+
+def _with_interval(measure: dict[str, Any]) -> str:
+    value, low, high = (_number(measure.get(name)) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}] {measure.get('unit', '')}".strip()
 
 
 def _number(value: float | None) -> str:

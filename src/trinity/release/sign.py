@@ -1,7 +1,10 @@
 """Signatures by the OpenSSF model signing format, with a local elliptic-curve key: no account, no service, no network.
 
-The signature covers every file of the folder, the manifest included, and lies beside them as `model.sig`. Any tool that reads
-the format can check it: `model_signing verify key FOLDER --signature FOLDER/model.sig --public-key public_key.pem`.
+The signature covers every file of the folder, the manifest included, and lies beside them as `model.sig`. Any tool that
+reads the format can check it:
+
+    model_signing verify key FOLDER --signature FOLDER/model.sig --public-key publisher.pem
+
 The only file that imports model_signing.
 """
 
@@ -62,11 +65,11 @@ def key_name(public: bytes) -> str:
 def sign_folder(folder: Path, private_key: Path) -> None:
     """Write `model.sig` over every other file of the folder."""
     signing, _, hashing = _model_signing()
-    aside = folder / f".{SIGNATURE}.writing"
+    aside = folder.with_name(f".{folder.name}.{SIGNATURE}")
     try:
         with refusing_disk(folder / SIGNATURE):
             config = signing.Config().use_elliptic_key_signer(private_key=private_key)
-            config.set_hashing_config(_covering(hashing, folder, aside.name)).sign(folder, aside)
+            config.set_hashing_config(_covering(hashing)).sign(folder, aside)
             write_durably(folder / SIGNATURE, aside.read_bytes())
     finally:
         aside.unlink(missing_ok=True)
@@ -90,7 +93,7 @@ def check_signature(folder: Path, public_key: Path) -> None:
             f"{public_key} is not an elliptic-curve public key in PEM.", "Name the publisher's public key."
         ) from error
     try:
-        config.set_hashing_config(_covering(hashing, folder)).verify(folder, folder / SIGNATURE)
+        config.set_hashing_config(_covering(hashing)).verify(folder, folder / SIGNATURE)
     except Exception as error:  # the library raises its parsers' and cryptography's own kinds on a broken signature
         raise VerificationError(*_told(str(error) or type(error).__name__, folder, public_key)) from error
 
@@ -103,17 +106,18 @@ def _told(why: str, folder: Path, public_key: Path) -> tuple[str, str]:
             "If you trust that other signer, name their public key with --key; else do not use the files.",
         )
     if "Signature mismatch" in why:
-        altered = re.findall(r"for '([^']+)'", why)
-        others = re.findall(r"(Extra|Missing) files [^:]*: ([^\"]+)\"", why)
+        plain = why.replace("\\", "")  # the library prints lists of strings that hold quotes of either kind
+        altered = re.findall(r"Hash mismatch for '([^']+)'", plain)
+        others = re.findall(r"(Extra|Missing) files [^:]*: ([^\"\]]+)\"", plain)
         named = [f"{name} was altered" for name in altered] + [f"{kind.lower()}: {names}" for kind, names in others]
         return f"The signature is not over these files: {'; '.join(named)}.", "Fetch the release again."
     return f"{SIGNATURE} is not a valid signature ({' '.join(why.split())[:200]}).", "Fetch the release again."
 
 
-def _covering(hashing: Any, folder: Path, *aside: str) -> Any:
+def _covering(hashing: Any) -> Any:
     """Hash everything but the signature itself; git's files, which the library skips by default, are covered too."""
     config = hashing.Config().use_file_serialization(hashing_algorithm="sha256", allow_symlinks=False)
-    return config.set_ignored_paths(paths=[SIGNATURE, *aside], ignore_git_paths=False)
+    return config.set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False)
 
 
 def _model_signing() -> tuple[Any, Any, Any]:

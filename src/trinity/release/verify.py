@@ -36,11 +36,15 @@ def verify_release(folder: Path, key: Path | None = None) -> Verdict:
         raise UsageError(f"There is no folder at {folder}.", "Name a folder that `trinity release --out` has written.")
     if key is not None and not key.is_file():
         raise UsageError(f"There is no public key at {key}.", "Name the publisher's public key (PEM).")
-    problems = _strange_entries(folder) + _strange_names(folder)
-    if key is None and not (folder / PUBLIC_KEY).is_file():
-        problems.append(f"{PUBLIC_KEY} is missing, so the signature cannot be checked without --key")
+    problems = _strange_entries(folder)
     if problems:  # nothing of such a folder is opened: a link may lead anywhere
         return Verdict(folder=folder, files=0, problems=problems, signer=None, trusted=False)
+    names, problems = _promised(folder)
+    problems += _strange_names(names)
+    if key is None and not (folder / PUBLIC_KEY).is_file():
+        problems.append(f"{PUBLIC_KEY} is missing, so the signature cannot be checked without --key")
+    if problems:
+        return Verdict(folder=folder, files=len(names), problems=problems, signer=None, trusted=False)
     problems = unsealed_differences(folder, ignore=(SIGNATURE,))
     public_key, signer = key or folder / PUBLIC_KEY, None
     try:
@@ -50,7 +54,7 @@ def verify_release(folder: Path, key: Path | None = None) -> Verdict:
         problems.append(error.what)
     return Verdict(
         folder=folder,
-        files=len(_promised(folder)),
+        files=len(names),
         problems=problems,
         signer=signer if not problems else None,
         trusted=key is not None and not problems,
@@ -72,20 +76,23 @@ def _strange_entries(folder: Path) -> list[str]:
     return found
 
 
-def _strange_names(folder: Path) -> list[str]:
+def _strange_names(names: list[str]) -> list[str]:
     """Names in the manifest that lead out of the folder."""
-    paths = {name: PurePosixPath(name) for name in _promised(folder)}
     return [
         f"{MANIFEST} names {name!r}, which is outside the release"
-        for name, path in paths.items()
-        if path.is_absolute() or ".." in path.parts
+        for name in names
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
     ]
 
 
-def _promised(folder: Path) -> list[str]:
-    """Names in the manifest; none where it is missing or is no manifest, which the byte check reports."""
+def _promised(folder: Path) -> tuple[list[str], list[str]]:
+    """(names the manifest lists, what is wrong with the manifest itself). It may come from anyone."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
-        return [str(name) for name in files]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+        if all(isinstance(entry["sha256"], str) and isinstance(entry["bytes"], int) for entry in files.values()):
+            return list(files), []
+    except FileNotFoundError:
+        return [], [f"{MANIFEST} is missing"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return [], [f"{MANIFEST} is not a manifest"]
