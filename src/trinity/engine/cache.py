@@ -1,8 +1,8 @@
-"""The past of one sequence as an `Attend`: global layers keep every key, local layers what their window can still reach.
+"""The past of one sequence as an `Attend`: global layers keep every key, local ones what their window can still reach.
 
-A layer's keys and values live in one contiguous buffer that doubles when it is full (amortised constant cost a token). A
-local buffer stops at window + chunk entries: when it is full, the last `window - 1` move to its front. So memory grows with
-the text in the global layers alone. Equal to `Causal` on the whole text, for any split of the text into chunks.
+A layer's keys and values live in one contiguous buffer that doubles when it is full (amortised constant cost a token).
+A local buffer stops at window + chunk entries: when it is full, the last `window - 1` move to its front. So memory
+grows with the text in the global layers alone. Equal to `Causal` on the whole text, for any split into chunks.
 
 Shapes: q [1, H, T, C]; k, v [1, J, T, C]; T at most `chunk`.
 """
@@ -28,7 +28,7 @@ class LayerPast:
         self.values: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in T new entries; returns views [1, J, S, C] of the entries that the T queries can see (the new ones last)."""
+        """Take in T new entries; returns views [1, J, S, C] of what the T queries can see, the new ones last."""
         new = k.shape[2]
         assert new <= self.chunk, f"{new} entries at once; the cache was made for chunks of {self.chunk}"
         keys, values = self._with_room_for(k, v)

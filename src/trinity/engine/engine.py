@@ -208,10 +208,10 @@ def run(engine: Engine, requests: list[Request]) -> list[list[Piece]]:
 
 def end_tokens(tokenizer: Tokenizer, generation: dict[str, object]) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's end of text and end of turn, and what generation_config.json names."""
-    named = generation.get("eos_token_id")
-    more = named if isinstance(named, list) else [] if named is None else [named]
-    if not all(isinstance(token, int) for token in more):
-        raise DataError(
-            f"generation_config.json: eos_token_id is {named!r}.", "It must be a token id or a list of them."
-        )
-    return frozenset({tokenizer.eos_id, tokenizer.im_end_id, *more})
+    named = generation.get("eos_token_id", [])
+    ends = {tokenizer.eos_id, tokenizer.im_end_id}
+    for token in named if isinstance(named, list) else [named]:
+        if not isinstance(token, int):
+            raise DataError(f"generation_config.json: eos_token_id is {named!r}.", "It must be one or more token ids.")
+        ends.add(token)
+    return frozenset(ends)

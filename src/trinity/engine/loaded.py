@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trinity.base.errors import RequestError, UsageError
+from trinity.base.errors import RequestError, UsageError, nearest
 from trinity.ckpt.opened import OpenedModel, open_model
 from trinity.engine.engine import Engine, end_tokens, run
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, gather
@@ -81,7 +81,7 @@ class LoadedModel:
     def generate(
         self, text_or_ids: str | Sequence[int], max_new_tokens: int = 64, temperature: float = 0.0, **sampling: Any
     ) -> Generation:
-        """Continue a text. `sampling` takes the fields of SamplingParams; log-probabilities of the new tokens are given."""
+        """Continue a text. `sampling` takes the fields of SamplingParams; log-probabilities are given in any case."""
         return self._answer(self.prompt(text_or_ids), max_new_tokens, temperature, sampling)
 
     def chat(
@@ -94,7 +94,7 @@ class LoadedModel:
         return tuple(render(messages, self.tokenizer, add_generation_prompt=True).tokens)
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[Piece]:
-        """The answer to a prompt of ids (see `prompt`, `chat_prompt`) piece by piece; leaving early frees everything."""
+        """The answer to a prompt of ids (see `prompt`, `chat_prompt`) in pieces; leaving early frees everything."""
         engine = self.engine(max_active=1)
         engine.submit(Request(prompt=tuple(prompt), sampling=sampling))
         while engine.busy:
@@ -106,8 +106,8 @@ class LoadedModel:
     def score(self, text_or_ids: str | Sequence[int]) -> list[float | None]:
         """The log-probability (nats) of each token given all before it; one entry a token.
 
-        Of a text every token has one, since the begin mark precedes it (the mark itself has no entry). The first of given
-        ids has nothing before it: its entry is None.
+        Of a text every token has one, since the begin mark precedes it (the mark itself has no entry). The first of
+        given ids has nothing before it: its entry is None.
         """
         prompt = self.prompt(text_or_ids)
         request = Request(prompt=prompt, sampling=SamplingParams(max_new_tokens=0, prompt_logprobs=0))
@@ -119,9 +119,8 @@ class LoadedModel:
     def _answer(
         self, prompt: tuple[int, ...], max_new_tokens: int, temperature: float, sampling: dict[str, Any]
     ) -> Generation:
-        asked = sampling_from(
-            {"logprobs": 0} | sampling | {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        )
+        named = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        asked = sampling_from({"logprobs": 0} | sampling | named)
         (pieces,) = run(self.engine(max_active=1), [Request(prompt=prompt, sampling=asked)])
         return gather(pieces, len(prompt))
 
@@ -132,6 +131,6 @@ def sampling_from(values: dict[str, Any]) -> SamplingParams:
     if unknown:
         raise RequestError(
             f"There is no sampling parameter '{unknown[0]}'.",
-            f"Known: {', '.join(SamplingParams.__dataclass_fields__)}.",
+            nearest(unknown[0], list(SamplingParams.__dataclass_fields__)),
         )
     return SamplingParams(**values)

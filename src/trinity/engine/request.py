@@ -1,4 +1,4 @@
-"""What a caller asks for and gets: sampling parameters, requests, pieces of an answer as they appear, whole generations."""
+"""What a caller asks for and gets: sampling parameters, requests, pieces of an answer as they appear, generations."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ MOST_TOP_LOGPROBS = 20
 class SamplingParams:
     """How tokens are drawn and when to end. A value outside its range is a RequestError that names it.
 
-    Order: logit_bias, penalties, temperature, top_k, top_p, min_p. Log-probabilities are the model's own, before all that.
+    Order: logit_bias, penalties, temperature, top_k, top_p, min_p. Log-probabilities are the model's own, before that.
     """
 
     max_new_tokens: int = 64
@@ -80,7 +80,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What one step added to one answer. Text may lag behind tokens: a part that could begin a stop string is held back."""
+    """What one step added to one answer. Text may lag behind tokens: what could begin a stop string is held back."""
 
     request_id: int
     text: str = ""

@@ -1,7 +1,7 @@
 """Stop strings in text that arrives bit by bit: what may already be shown, and where the answer ends.
 
-The answer ends at the first moment its text contains a stop string; of those that end there, the one that began first is
-cut off. So the result does not depend on how the text was split on its way.
+The answer ends at the first moment its text contains a stop string; of those that end there, the one that began first
+is cut off. So the result does not depend on how the text was split on its way.
 """
 
 

@@ -1,0 +1,60 @@
+"""Complete a prompt with a model.
+
+Example:
+  trinity generate runs/debug --prompt 'def fibonacci(n):' --max-new-tokens 64
+  echo 'import os' | trinity generate runs/debug --prompt - --temperature 0.8 --seed 1
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder or a run folder")
+    parser.add_argument("--prompt", required=True, help="text to continue; '-' reads it from standard input")
+    add_sampling(parser, max_new_tokens=64, temperature=0.0)
+    parser.add_argument("--json", action="store_true", help="print one JSON object: text, token ids, log-probabilities")
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="show text as it appears (default: when standard output is a terminal)",
+    )
+    parser.set_defaults(action=generate)
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float) -> None:
+    """Arguments of how tokens are drawn; `sampling_of` reads them back."""
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="default %(default)s")
+    parser.add_argument("--temperature", type=float, default=temperature, help="0 is greedy; default %(default)s")
+    parser.add_argument("--top-p", type=float, default=1.0, help="keep the smallest set with this much probability")
+    parser.add_argument("--top-k", type=int, default=0, help="keep this many most likely tokens; 0 keeps all")
+    parser.add_argument("--min-p", type=float, default=0.0, help="keep tokens this likely relative to the likeliest")
+    parser.add_argument("--seed", type=int, help="draw the same answer again; without it every run draws anew")
+    parser.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+
+
+def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+    return {name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
+
+
+def generate(options: argparse.Namespace) -> None:
+    from trinity.engine.loaded import load, sampling_from
+
+    sampling = sampling_of(options)
+    sampling_from(sampling)  # refuses bad values before the model is loaded
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    model = load(options.model, options.dtype)
+    stream = sys.stdout.isatty() if options.stream is None else options.stream
+    if options.json:
+        print(json.dumps(asdict(model.generate(prompt, **sampling)), ensure_ascii=False))
+    elif stream:
+        for piece in model.stream(model.prompt(prompt), sampling_from(sampling)):
+            print(piece.text, end="", flush=True)
+        print()
+    else:
+        print(model.generate(prompt, **sampling).text)

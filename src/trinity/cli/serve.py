@@ -1,0 +1,52 @@
+"""Offer a model through an OpenAI-compatible API on this machine, or (with API keys) to others.
+
+Example:
+  trinity serve runs/tuned
+  trinity serve runs/tuned --host 0.0.0.0 --port 8000 --api-key-file keys.txt
+"""
+
+import argparse
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from trinity.config.serve import ServeConfig
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder or a run folder")
+    for knob in fields(ServeConfig):
+        parser.add_argument(
+            f"--{knob.name.replace('_', '-')}",
+            type=type(knob.default),
+            default=knob.default,
+            help=f"{knob.metadata['meaning']} (default %(default)s)",
+        )
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="one key a line; TRINITY_API_KEY adds one")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.set_defaults(action=serve)
+
+
+def serve(options: argparse.Namespace) -> None:
+    from trinity.engine.loaded import load
+    from trinity.serve.limits import read_keys
+    from trinity.serve.server import Server, open_socket, url_of
+
+    config = ServeConfig(**{knob.name: getattr(options, knob.name) for knob in fields(ServeConfig)})
+    keys = read_keys(options.api_key_file, os.environ.get("TRINITY_API_KEY"))
+    with open_socket(config, keys) as listener:
+        loaded = load(options.model, options.dtype)
+        url = url_of(listener)
+
+        def announce() -> None:
+            print(f"Serving {loaded.name} at {url}\n\n{example(url, loaded.name, bool(keys))}", flush=True)
+
+        Server(loaded, config, keys, listener, announce).serve_until_stopped()
+
+
+def example(url: str, name: str, with_key: bool) -> str:
+    """A request to paste into a shell."""
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64})
+    key = '  -H "Authorization: Bearer $TRINITY_API_KEY" \\\n' if with_key else ""
+    return f"curl {url}/chat/completions \\\n  -H 'Content-Type: application/json' \\\n{key}  -d '{body}'"

@@ -1,0 +1,155 @@
+"""The public face of a loaded model: logits, generate, score, chat, stream; precision; refusals."""
+
+import inspect
+import json
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import trinity
+from trinity.base.errors import CheckpointError, RequestError, UsageError
+from trinity.ckpt.hf import write_hf
+from trinity.cli.main import main
+from trinity.engine.loaded import LoadedModel, load
+from trinity.engine.request import SamplingParams
+from trinity.model.generate import continue_greedily
+from trinity.model.init import build_model
+from trinity.recipes.table import recipe
+from trinity.text.train_bpe import train_bpe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "little"
+    folder.mkdir()
+    model = build_model(replace(recipe("debug").model, max_position_embeddings=256), 5)
+    for bias in model.expert_biases():
+        bias.copy_(torch.linspace(-0.1, 0.1, len(bias)) / 3)
+    write_hf(folder, model)
+    train_bpe([inspect.getsource(textwrap)] * 2, 512).save(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> LoadedModel:
+    return load(folder)
+
+
+def test_generate_equals_the_oracle_and_carries_logprobs(loaded: LoadedModel) -> None:
+    prompt = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode("def wrap(text):")]
+    answer = loaded.generate("def wrap(text):", max_new_tokens=20)
+    assert answer.token_ids == continue_greedily(loaded.model, prompt, 20, set(loaded.end_ids))
+    assert answer == loaded.generate(prompt, max_new_tokens=20)
+    assert len(answer.logprobs) == len(answer.token_ids)
+    scores = loaded.score(prompt + answer.token_ids)
+    assert scores[len(prompt) :] == pytest.approx(answer.logprobs, abs=1e-4)
+
+
+def test_score_gives_one_number_a_token(loaded: LoadedModel) -> None:
+    ids = loaded.tokenizer.encode("import textwrap")
+    of_text, of_ids = loaded.score("import textwrap"), loaded.score([loaded.tokenizer.bos_id, *ids])
+    assert len(of_text) == len(ids)
+    assert [None, *of_text] == of_ids
+    logits = loaded.logits(torch.tensor([[loaded.tokenizer.bos_id, *ids]]))
+    assert logits.shape == (1, len(ids) + 1, loaded.model.config.vocab_size)
+    expected = logits[0, :-1].log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).flatten()
+    assert of_text == pytest.approx(expected.tolist(), abs=1e-4)
+    assert loaded.score([40]) == [None]
+    assert trinity.load is load
+
+
+def test_chat_and_stream_agree(loaded: LoadedModel) -> None:
+    messages = [{"role": "user", "content": "What is a paragraph?"}]
+    answer = loaded.chat(messages, max_new_tokens=12, temperature=0.8, seed=4)
+    sampling = SamplingParams(max_new_tokens=12, temperature=0.8, seed=4)
+    pieces = list(loaded.stream(loaded.chat_prompt(messages), sampling))
+    assert "".join(piece.text for piece in pieces) == answer.text
+    assert pieces[-1].finish_reason == answer.finish_reason
+    other = loaded.chat(messages, max_new_tokens=12, temperature=0.8, seed=5)
+    assert other.token_ids != answer.token_ids
+
+
+def test_bfloat16_keeps_what_decides_routing_in_float32(folder: Path, loaded: LoadedModel) -> None:
+    half = load(folder, dtype="bfloat16")
+    kept = ("expert_bias", "router.gate.weight", "norm.weight", "layernorm.weight")
+    for name, tensor in half.model.state_dict().items():
+        assert tensor.dtype == (torch.float32 if name.endswith(kept) else torch.bfloat16), name
+    assert all(torch.equal(a, b) for a, b in zip(half.model.expert_biases(), loaded.model.expert_biases(), strict=True))
+    ids = torch.tensor([[0, *range(40, 60)]])
+    assert half.logits(ids).dtype == torch.float32
+    torch.testing.assert_close(half.logits(ids), loaded.logits(ids), rtol=0, atol=0.1)
+    answer = half.generate("def wrap", max_new_tokens=8)
+    assert answer.token_ids == continue_greedily(
+        half.model, [half.tokenizer.bos_id, *half.tokenizer.encode("def wrap")], 8, set(half.end_ids)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "float16"])
+def test_precisions_not_offered(folder: Path, dtype: str) -> None:
+    with pytest.raises(UsageError, match=dtype):
+        load(folder, dtype=dtype)
+
+
+def test_bad_calls(loaded: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "nowhere")
+    with pytest.raises(RequestError, match=r"300 tokens.*256"):
+        loaded.generate([40] * 300)
+    with pytest.raises(RequestError, match="temprature"):
+        loaded.generate("x", temprature=1.0)
+    with pytest.raises(RequestError, match="batch, time"):
+        loaded.logits(torch.tensor([1, 2]))
+    with pytest.raises(RequestError, match="between 0 and"):
+        loaded.logits(torch.tensor([[1, 99999]]))
+    with pytest.raises(RequestError, match="empty"):
+        loaded.score([])
+
+
+def test_generate_command(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(*arguments: str) -> str:
+        assert main(["generate", str(folder), "--max-new-tokens", "9", *arguments]) == 0
+        return capsys.readouterr().out
+
+    plain = shown("--prompt", "def wrap")
+    assert shown("--prompt", "def wrap", "--stream") == plain
+    monkeypatch.setattr("sys.stdin.read", lambda: "def wrap", raising=False)
+    result = json.loads(shown("--prompt", "-", "--json"))
+    assert result["text"] + "\n" == plain
+    assert len(result["token_ids"]) == len(result["logprobs"])
+    warm = (
+        "--prompt",
+        "a",
+        "--temperature",
+        "1.2",
+        "--seed",
+        "3",
+        "--top-p",
+        "0.9",
+        "--top-k",
+        "40",
+        "--min-p",
+        "0.01",
+    )
+    assert shown(*warm) == shown(*warm)
+    assert main(["generate", str(folder), "--prompt", "a", "--top-p", "2"]) == 1
+    assert "top_p is 2" in capsys.readouterr().err
+    assert main(["generate", str(folder), "--prompt", "word " * 400]) == 1
+    assert "context holds 256" in capsys.readouterr().err
+
+
+def test_chat_command_with_piped_lines(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["Hello", "", "And then?", "/reset", "Hello", "word " * 400, "Hello", "/quit", "never read"])
+    monkeypatch.setattr("builtins.input", lambda *_: next(lines))
+    limits = ("--max-new-tokens", "6", "--temperature", "0", "--json")
+    assert main(["chat", str(folder), *limits]) == 0
+    captured = capsys.readouterr()
+    turns = [json.loads(line) for line in captured.out.splitlines()]
+    assert len(turns) == 4
+    assert turns[0] == turns[2]
+    assert "/reset starts anew" in captured.err
