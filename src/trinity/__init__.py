@@ -5,6 +5,11 @@
     m.generate("def fibonacci(n):", max_new_tokens=64).text
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trinity.engine.loaded import load
+
 __all__ = ["load"]
 
 

@@ -18,23 +18,23 @@ from trinity.model.transformer import Transformer
 
 
 def small_config(**changes) -> ModelConfig:
-    shape = dict(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=5,
-        num_dense_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        num_experts=8,
-        num_experts_per_tok=2,
-        num_shared_experts=1,
-        route_scale=2.4,
-        sliding_window=5,
-        max_position_embeddings=64,
-    )
+    shape = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 5,
+        "num_dense_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 1,
+        "route_scale": 2.4,
+        "sliding_window": 5,
+        "max_position_embeddings": 64,
+    }
     return ModelConfig(**{**shape, **changes})
 
 

@@ -65,7 +65,7 @@ def test_smebu_does_not_depend_on_the_batch_size(load, factor):
 
 
 def test_smebu_settles_where_sign_keeps_oscillating():
-    """A router whose loads follow the biases: SMEBU converges, the sign rule does not (why the report changed rules)."""
+    """A router whose loads follow the biases: SMEBU converges, the sign rule does not."""
 
     preference = torch.tensor([0.3, -0.1, 0.17])
 

@@ -4,17 +4,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from trinity.model.attend import Causal, Packed, additive, scaled_dot_product, visible
 from trinity.model.experts import grouped_matmul, grouped_matmul_loop
 from trinity.model.init import build_model
+from trinity.model.layers import GatePacked, NormaliseRows
 from trinity.model.loss import IGNORED, chunked_loss, plain_loss, token_nats
 from trinity.model.router import Routing, sequence_balance_loss
 from trinity.recipes.table import recipe
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 7), min_size=1, max_size=6), st.sampled_from([4, 8]), st.sampled_from([4, 12]), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 7), min_size=1, max_size=6),
+    st.sampled_from([4, 8]),
+    st.sampled_from([4, 12]),
+    st.integers(0, 99),
+)
 def test_grouped_matmul_equals_its_loop(sizes, inner, outer, seed):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(sum(sizes), inner, generator=generator, requires_grad=True)
@@ -26,9 +33,37 @@ def test_grouped_matmul_equals_its_loop(sizes, inner, outer, seed):
         rows.grad = weights.grad = None
         out = function(rows, weights, ends)
         out.backward(grad)
-        results.append((out.detach(), rows.grad, weights.grad if weights.grad is not None else torch.zeros_like(weights)))
+        results.append(
+            (out.detach(), rows.grad, weights.grad if weights.grad is not None else torch.zeros_like(weights))
+        )
     for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 16), st.integers(0, 99))
+def test_norm_and_gate_equal_their_composed_twins(rows, heads, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, heads, 2 * size, generator=generator)
+    gain = torch.randn(2 * size, generator=generator)
+    grad = torch.randn(rows, heads, 2 * size, generator=generator)
+    pairs = [
+        (lambda t, w: NormaliseRows.apply(t, w, 1e-5), lambda t, w: F.rms_norm(t, w.shape, w, 1e-5), grad),
+        (
+            lambda t, w: GatePacked.apply(t * w),
+            lambda t, w: F.silu((t * w)[..., :size]) * (t * w)[..., size:],
+            grad[..., :size],
+        ),
+    ]
+    for fast, plain, upstream in pairs:
+        results = []
+        for function in (fast, plain):
+            t, w = x.clone().requires_grad_(), gain.clone().requires_grad_()
+            out = function(t, w)
+            out.backward(upstream)
+            results.append((out.detach(), t.grad, w.grad))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=30, deadline=None)

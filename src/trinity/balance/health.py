@@ -34,7 +34,7 @@ def measure(counts: Tensor, biases: Tensor) -> Health:
 class CollapseAlarm:
     """Speaks up when MaxVio climbs: the recent mean over `factor` times the mean before it, and above `floor`.
 
-    The Large report tells of a long flat MaxVio and then a sudden climb before experts collapsed; loss showed nothing yet.
+    The Large report tells of a long flat MaxVio, then a sudden climb before experts collapsed, unseen in the loss.
     """
 
     def __init__(self, recent: int = 20, before: int = 100, factor: float = 2.0, floor: float = 1.0) -> None:
@@ -50,5 +50,5 @@ class CollapseAlarm:
         earlier, now = sum(values[: self.before]) / self.before, sum(values[self.before :]) / self.recent
         if now > self.floor and now > self.factor * earlier:
             self.history.clear()
-            return f"MaxVio rose from {earlier:.2f} to {now:.2f} over the last {self.recent} steps: experts may be collapsing."
+            return f"MaxVio rose from {earlier:.2f} to {now:.2f} in {self.recent} steps: experts may be collapsing"
         return None

@@ -30,7 +30,7 @@ def smebu(
 
 
 def sign(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
-    """Loss-free balancing with re-centring (Trinity Nano and Mini): bias += rate sign(mean - n_i), then minus its mean."""
+    """Loss-free balancing, re-centred (Trinity Nano, Mini): bias += rate sign(mean - n_i), then minus its mean."""
     bias = bias + rate * torch.sign(violation(counts))
     return bias - bias.mean(-1, keepdim=True)
 

@@ -1,9 +1,9 @@
 """A run folder: one place and one write path for everything a run leaves behind, readable while the run goes on.
 
-    config.json      the resolved configuration and its fingerprint
-    metrics.jsonl    one JSON object a line; every line carries "kind" (step, evaluation, sample, guard, ...) and "step"
-    lineage.json     what the run was made from
-    checkpoints/     see ckpt/folder.py
+config.json      the resolved configuration and its fingerprint
+metrics.jsonl    one JSON object a line; every line carries "kind" (step, evaluation, sample, guard, ...) and "step"
+lineage.json     what the run was made from
+checkpoints/     see ckpt/folder.py
 """
 
 import json

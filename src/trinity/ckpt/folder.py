@@ -71,7 +71,7 @@ def step_folders(run: Path) -> list[Path]:
 
 
 def newest_good(run: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose bytes are as they were sealed; bad ones are named through `warn`. None: no checkpoint.
+    """The newest checkpoint whose bytes are as they were sealed, or None; bad ones are named through `warn`.
 
     Raises CheckpointError when there are checkpoints and every one of them is bad.
     """

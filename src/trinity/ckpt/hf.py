@@ -1,7 +1,7 @@
 """Read and write the published checkpoint format: a Hugging Face folder of an `AfmoeForCausalLM`.
 
-Loading changes no value. Saving writes the published names, every router key, both RoPE forms, and the selection bias in
-float32: engines that miss one of these fall back to other arithmetic without a word.
+Loading changes no value. Saving writes the published names, every router key, both RoPE forms, and the selection bias
+in float32: engines that miss one of these fall back to other arithmetic without a word.
 """
 
 import json
@@ -47,7 +47,7 @@ _DEMANDED = ("hidden_act", "attention_bias", "tie_word_embeddings", "score_func"
 
 
 def published_config(config: ModelConfig, dtype: torch.dtype, load_balance_coeff: float) -> dict[str, Any]:
-    """The config.json of a model: all that transformers, vLLM, SGLang and llama.cpp read, under both old and new names."""
+    """The config.json of a model: all that transformers, vLLM, SGLang and llama.cpp read, under old and new names."""
     return {
         **_FIXED,
         **{name: getattr(config, name) for name in _SHARED_KEYS},
@@ -65,14 +65,19 @@ def config_from_published(values: dict[str, Any], where: Path) -> ModelConfig:
     """A ModelConfig from a published config.json; CheckpointError where it asks for arithmetic that AFMoE has not."""
     if values.get("model_type") != "afmoe":
         raise CheckpointError(
-            f"{where} holds a '{values.get('model_type')}' model.", "Only AFMoE models (the Trinity family) can be read."
+            f"{where} holds a '{values.get('model_type')}' model.",
+            "Only AFMoE models (the Trinity family) can be read.",
         )
     for key in _DEMANDED:
         if key in values and values[key] != _FIXED[key]:
-            raise CheckpointError(f"{where}: {key} is {values[key]!r}; AFMoE has {_FIXED[key]!r}.", "It cannot be read.")
+            raise CheckpointError(
+                f"{where}: {key} is {values[key]!r}; AFMoE has {_FIXED[key]!r}.", "It cannot be read."
+            )
     rope = values.get("rope_parameters") or {}
     if values.get("rope_scaling") or rope.get("rope_type", "default") != "default":
-        raise CheckpointError(f"{where} asks for RoPE scaling.", "The published Trinity models use none; it cannot be read.")
+        raise CheckpointError(
+            f"{where} asks for RoPE scaling.", "The published Trinity models use none; it cannot be read."
+        )
     known = {name: values[name] for name in [*_SHARED_KEYS, "mup_enabled"] if name in values}
     if "rope_theta" in rope:
         known["rope_theta"] = rope["rope_theta"]
@@ -107,11 +112,13 @@ def read_hf(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
         for name, meta in model.state_dict().items()
     }
     missing = dict(published_tensors(state))
-    for shard in _shards(folder):
+    for shard in shard_files(folder):
         for name, tensor in _read_shard(shard):
             slot = slot_of(name, state)
             if slot is None:
-                raise CheckpointError(f"{shard}: unexpected tensor {name}.", "config.json and the weights do not belong together.")
+                raise CheckpointError(
+                    f"{shard}: unexpected tensor {name}.", "config.json and the weights do not belong together."
+                )
             if slot[1].shape != tensor.shape:
                 raise CheckpointError(
                     f"{shard}: {name} has shape {list(tensor.shape)}, config.json asks for {list(slot[1].shape)}.",
@@ -170,7 +177,8 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
-def _shards(folder: Path) -> list[Path]:
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, named by its index or the single one."""
     if (folder / INDEX).exists():
         files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         return [folder / file for file in files]

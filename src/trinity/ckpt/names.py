@@ -1,7 +1,7 @@
 """Our parameter names and the published ones: a two-way list, the only place where they differ.
 
-The published checkpoint names are ours under a `model.` prefix (the head has none). One exception: experts, which we hold
-stacked, are published one matrix each.
+The published checkpoint names are ours under a `model.` prefix (the head has none). One exception: experts, which we
+hold stacked, are published one matrix each.
 
     layers.3.mlp.experts.gate_up_proj [E, 2, F, D]  <->  model.layers.3.mlp.experts.{e}.gate_proj.weight [F, D]
                                                          model.layers.3.mlp.experts.{e}.up_proj.weight   [F, D]

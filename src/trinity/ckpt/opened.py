@@ -31,7 +31,7 @@ class OpenedModel:
 
 
 def open_model(path: Path | str, dtype: str = "float32") -> OpenedModel:
-    """Load a model for inference. Bad bytes, a missing file or another architecture end in one clear CheckpointError."""
+    """Load a model for inference. Bad bytes, a missing file, another architecture: one clear CheckpointError."""
     path = Path(path)
     if dtype not in _DTYPES:
         raise UsageError(f"dtype '{dtype}' is not offered.", f"Choose one of {', '.join(_DTYPES)}.")
@@ -47,7 +47,9 @@ def open_model(path: Path | str, dtype: str = "float32") -> OpenedModel:
         return _open_checkpoint(newest, path, path.name, dtype)
     config = json.loads((path / CONFIG).read_text()) if (path / CONFIG).exists() else {}
     if "model_type" not in config:
-        raise CheckpointError(f"{path} is not a model.", "Name a Hugging Face folder or a run folder with a checkpoint.")
+        raise CheckpointError(
+            f"{path} is not a model.", "Name a Hugging Face folder or a run folder with a checkpoint."
+        )
     return OpenedModel(
         model=read_hf(path, _DTYPES[dtype]).eval().requires_grad_(False),
         tokenizer=Tokenizer.load(path),

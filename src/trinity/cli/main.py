@@ -30,7 +30,14 @@ COMMANDS = {
     "report": ("trinity.cli.report", "one self-contained page about one or more runs"),
 }
 
-HELP = "usage: trinity COMMAND ...\n\nOwn a frontier-style sparse language model, from raw text to a served token.\n\ncommands:\n"
+HELP = """usage: trinity COMMAND ...
+
+Own a frontier-style sparse language model, from raw text to a served token.
+
+commands:
+{rows}
+example:   trinity train debug --out runs/debug && trinity generate runs/debug --prompt 'def '
+           'trinity COMMAND --help' shows what a command takes, with an example."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,9 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def show_help() -> None:
-    rows = "".join(f"  {name:<10} {summary}\n" for name, (_, summary) in COMMANDS.items())
-    print(f"{HELP}{rows}\nexample:   trinity train debug --out runs/debug && trinity generate runs/debug --prompt 'def '")
-    print("           'trinity COMMAND --help' shows what a command takes, with an example.")
+    print(HELP.format(rows="".join(f"  {name:<10} {summary}\n" for name, (_, summary) in COMMANDS.items())))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,1 +1,1 @@
-"""Floor 1: every setting of the system as frozen dataclasses. No torch; nothing here does anything but hold and check."""
+"""Floor 1: every setting of the system as frozen dataclasses. No torch; code here holds and checks, no more."""

@@ -1,4 +1,4 @@
-"""Strict loading: dicts and `--set a.b=c` become dataclasses; an unknown key is an error that offers the nearest name."""
+"""Strict loading: dicts and `--set a.b=c` become dataclasses; an unknown key is refused with the nearest name."""
 
 import ast
 from collections.abc import Iterable
@@ -105,5 +105,3 @@ def _as_type(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, accepted) or (hint in (int, float) and isinstance(value, bool)):
         raise ConfigError(f"'{where}' must be {getattr(hint, '__name__', hint)}, not {value!r}.", "Check the value.")
     return value
-
-

@@ -33,7 +33,9 @@ class ModelConfig:
     mup_enabled: bool = knob("scale embeddings by the square root of the hidden size", True)
 
     def __post_init__(self) -> None:
-        positive = {name: value for name, value in vars(self).items() if name not in ("num_dense_layers", "num_shared_experts")}
+        positive = {
+            name: value for name, value in vars(self).items() if name not in ("num_dense_layers", "num_shared_experts")
+        }
         for name, value in positive.items():
             if not isinstance(value, bool) and not value > 0:
                 raise ConfigError(f"model.{name} is {value}.", "It must be above zero.")

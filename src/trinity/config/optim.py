@@ -20,7 +20,9 @@ class OptimConfig:
     adamw_beta1: float = knob("first-moment decay of AdamW", 0.9)
     adamw_beta2: float = knob("second-moment decay of AdamW", 0.95)
     adamw_eps: float = knob("denominator floor of AdamW", 1e-8)
-    adamw_weight_decay: float = knob("decoupled weight decay of embedding, head and router, times the learning rate", 0.0)
+    adamw_weight_decay: float = knob(
+        "decoupled weight decay of embedding, head and router, times the learning rate", 0.0
+    )
     warmup_tokens: int = knob("tokens over which the learning rate rises linearly from zero", 0)
     decay_tokens: int = knob("tokens at the end of the run over which the learning rate falls", 0)
     decay: Literal["linear", "cosine"] = knob("shape of the fall", "linear")

@@ -23,8 +23,8 @@ class RunConfig:
         microbatch = self.train.microbatch_rows * self.data.sequence_length
         if self.train.batch_tokens % microbatch:
             raise ConfigError(
-                f"A step of {self.train.batch_tokens} tokens is not a whole number of microbatches of {microbatch} tokens "
-                f"({self.train.microbatch_rows} rows of {self.data.sequence_length}).",
+                f"A step of {self.train.batch_tokens} tokens is not a whole number of microbatches of {microbatch} "
+                f"tokens ({self.train.microbatch_rows} rows of {self.data.sequence_length}).",
                 "Make train.batch_tokens a multiple of train.microbatch_rows x data.sequence_length.",
             )
         if self.data.sequence_length > self.model.max_position_embeddings:
@@ -35,7 +35,7 @@ class RunConfig:
             )
         if self.optim.warmup_tokens + self.optim.decay_tokens > self.train.tokens:
             raise ConfigError(
-                f"Warm-up ({self.optim.warmup_tokens} tokens) and decay ({self.optim.decay_tokens}) do not fit a run of "
-                f"{self.train.tokens} tokens.",
+                f"Warm-up ({self.optim.warmup_tokens} tokens) and decay ({self.optim.decay_tokens}) do not fit a run "
+                f"of {self.train.tokens} tokens.",
                 "Shorten them or raise train.tokens.",
             )

@@ -18,7 +18,9 @@ class TrainConfig:
     sample_tokens: int = knob("tokens of the sample shown at each evaluation; 0 shows none", 64)
     save_every_tokens: int = knob("tokens between checkpoints; 0 saves at the end only", 0)
     keep_checkpoints: int = knob("newest checkpoints kept; the pre-anneal one is always kept", 2)
-    spike_sigmas: float = knob("a loss this many standard deviations above its recent mean is a spike; 0 ignores spikes", 6.0)
+    spike_sigmas: float = knob(
+        "a loss this many standard deviations above its recent mean is a spike; 0 ignores spikes", 6.0
+    )
     spike_action: Literal["skip", "rollback", "stop"] = knob("what a spike leads to", "skip")
     nonfinite_action: Literal["skip", "rollback", "stop"] = knob("what a non-finite loss or gradient leads to", "skip")
     max_incidents: int = knob("incidents in a row after which the run stops in any case", 5)

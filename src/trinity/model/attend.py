@@ -1,7 +1,7 @@
 """How a query reads the past, as an argument of the model's forward.
 
-A model layer computes queries, keys and values and calls `attend(layer, q, k, v, window)`. What "the past" is belongs to
-the caller: the row itself (`Causal`), the document inside a packed row (`Packed`), or a cache (engine/cache.py).
+A model layer computes queries, keys and values and calls `attend(layer, q, k, v, window)`. What "the past" is belongs
+to the caller: the row itself (`Causal`), the document inside a packed row (`Packed`), or a cache (engine/cache.py).
 
 Shapes: q [B, H, T, C]; k, v [B, J, T, C] with H a multiple of J; result [B, H, T, C].
 A window of w keeps the keys s with t - w < s <= t: w keys, the query's own included.
@@ -66,9 +66,7 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
-def scaled_dot_product(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Softmax attention with grouped heads: query head h reads key head h // (H / J)."""
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -116,9 +114,7 @@ def _with_previous(x: Tensor, blocks: int) -> Tensor:
     return torch.cat((before, x), dim=3).transpose(1, 2).reshape(rows * blocks, heads, -1, size)
 
 
-def _block_mask(
-    length: int, blocks: int, window: int, document_ids: Tensor | None, device: torch.device
-) -> Tensor:
+def _block_mask(length: int, blocks: int, window: int, document_ids: Tensor | None, device: torch.device) -> Tensor:
     """Who sees whom inside the blocks: bool [B x blocks or blocks, 1, w, 2w]; padded queries see themselves."""
     start = torch.arange(blocks, device=device)[:, None] * window
     query = start + torch.arange(window, device=device)  # [blocks, w]

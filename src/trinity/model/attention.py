@@ -1,4 +1,4 @@
-"""Attention of one AFMoE layer: grouped queries, per-head QK norm, output gate; local layers rotate, global ones do not."""
+"""Attention of one AFMoE layer: grouped queries, per-head QK norm, output gate; only local layers rotate."""
 
 from torch import Tensor, nn
 
@@ -15,7 +15,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.window = None if config.is_global(layer) else config.sliding_window
-        query_width, key_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        query_width, key_width = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
         self.q_proj = Linear(config.hidden_size, query_width)
         self.k_proj = Linear(config.hidden_size, key_width)
         self.v_proj = Linear(config.hidden_size, key_width)

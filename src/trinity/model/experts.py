@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trinity.config.model import ModelConfig
-from trinity.model.layers import SwiGLU
+from trinity.model.layers import GatePacked, SwiGLU
 from trinity.model.router import Router, Routing
 
 
@@ -28,8 +28,8 @@ class Experts(nn.Module):
         order = routing.chosen.flatten().argsort(stable=True)  # rows grouped by expert
         ends = routing.counts().cumsum(0)
         rows = GatherRows.apply(x, order, routing.chosen.shape[1])
-        gate, up = grouped_matmul(rows, self.gate_up_proj.flatten(1, 2), ends).chunk(2, dim=-1)
-        rows = grouped_matmul(F.silu(gate) * up, self.down_proj, ends)
+        rows = GatePacked.apply(grouped_matmul(rows, self.gate_up_proj.flatten(1, 2), ends))
+        rows = grouped_matmul(rows, self.down_proj, ends)
         return CombineRows.apply(rows, routing.weights, order)
 
 
@@ -77,7 +77,7 @@ def grouped_matmul_loop(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 class GatherRows(torch.autograd.Function):
-    """x [N, D] -> [R, D]: the token of each routed row. Backward is a gather too, so it is deterministic and parallel."""
+    """x [N, D] -> [R, D]: the token of each routed row. Backward gathers too, so it is deterministic and parallel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, top_k: int) -> Tensor:

@@ -6,7 +6,9 @@ from trinity.model.transformer import Transformer
 
 
 @torch.no_grad()
-def continue_greedily(model: Transformer, tokens: list[int], new_tokens: int, stop: set[int] | None = None) -> list[int]:
+def continue_greedily(
+    model: Transformer, tokens: list[int], new_tokens: int, stop: set[int] | None = None
+) -> list[int]:
     """The `new_tokens` most likely next tokens, one after another; ends early at a token of `stop` (not returned)."""
     text = list(tokens)
     for _ in range(new_tokens):

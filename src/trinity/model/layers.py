@@ -3,6 +3,8 @@
 Shapes: B rows, T positions, D width, F hidden width, C head size, N = B x T tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +19,26 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return NormaliseRows.apply(x.float(), self.weight, self.eps).to(x.dtype)
+
+
+class NormaliseRows(torch.autograd.Function):
+    """F.rms_norm in fewer passes over memory, forward and backward (torch composes it of many on a CPU)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normal = x * scale
+        ctx.save_for_backward(normal, scale, weight)
+        return normal * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        normal, scale, weight = ctx.saved_tensors
+        product = grads[0] * normal
+        grad_weight = product.flatten(0, -2).sum(0)
+        shared = (product @ weight).div_(weight.shape[0]).unsqueeze(-1)  # mean over the row of grad * weight * normal
+        return (grads[0] * weight).addcmul_(normal, shared, value=-1).mul_(scale), grad_weight, None
 
 
 class Linear(nn.Linear):
@@ -43,6 +64,30 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class GatePacked(torch.autograd.Function):
+    """silu(gate) * up of a packed [..., 2F] tensor (gate first); backward fills one packed gradient, without a cat."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor) -> Tensor:
+        ctx.save_for_backward(packed)
+        gate, up = packed.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (packed,) = ctx.saved_tensors
+        gate, up = packed.chunk(2, dim=-1)
+        grad = torch.empty_like(packed)
+        grad_gate, grad_up = grad.chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        torch.mul(grads[0], silu, out=grad_up)
+        # d silu = sigmoid + silu (1 - sigmoid) = silu + sigmoid (1 - silu)
+        torch.mul(grads[0], up, out=grad_gate)
+        grad_gate.mul_(silu.addcmul_(sigmoid, 1 - silu))
+        return grad
+
+
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding: positions [..., T] -> two float32 tensors [..., T, C / 2]."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
@@ -57,4 +102,7 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """
     cos, sin = (angle.to(x.dtype).unsqueeze(-3) for angle in angles)
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat(
+        ((first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)),
+        dim=-1,
+    )

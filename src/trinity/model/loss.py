@@ -39,13 +39,16 @@ class ChunkedLoss(torch.autograd.Function):
             logits = (part @ head.T).float()
             counted = target != IGNORED
             safe = torch.where(counted, target, 0).unsqueeze(1)
-            partition = logits.logsumexp(-1)  # [n]
-            nats = (partition - logits.gather(1, safe).squeeze(1)) * counted
+            highest = logits.amax(-1, keepdim=True)
+            at_target = logits.gather(1, safe).squeeze(1)
+            softmax = logits.sub_(highest).exp_()  # in place, one exponential for the loss and its gradient
+            norm = softmax.sum(-1, keepdim=True)
+            partition = (norm.log() + highest).squeeze(1)  # [n]
+            nats = (partition - at_target) * counted
             cross_entropy += nats.sum()
             total += nats.sum() + z_loss * (partition.square() * counted).sum()
             scale = counted / divisor
-            grad = logits.sub_(partition.unsqueeze(1)).exp_()  # softmax, in place
-            grad.mul_(((1 + 2 * z_loss * partition) * scale).unsqueeze(1))
+            grad = softmax.mul_(((1 + 2 * z_loss * partition) * scale).unsqueeze(1) / norm)
             grad.scatter_add_(1, safe, -scale.unsqueeze(1))
             grad = grad.to(hidden.dtype)
             torch.mm(grad, head, out=grad_hidden[start : start + CHUNK_TOKENS])

@@ -26,7 +26,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Chooses the top K of sigmoid(gate(x)) + bias; weighs by the unbiased scores (report section 2; 1e-20 as published)."""
+    """Chooses the top K of sigmoid(gate(x)) + bias; weighs by the unbiased scores (report section 2)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Router(nn.Module):
 
 
 def sequence_balance_loss(routing: Routing, rows: int) -> Tensor:
-    """Mean over rows of sum_i f_i P_i (report section 2): 1 when a row spreads its tokens evenly, more when it does not.
+    """Mean over rows of sum_i f_i P_i (report section 2): 1 when a row spreads its tokens evenly, else more.
 
     f_i is E / (K T) times the tokens of the row sent to expert i; P_i the row's mean normalised score of expert i.
     """

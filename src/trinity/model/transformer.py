@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trinity.config.model import ModelConfig
 from trinity.model.attend import Attend, Causal
 from trinity.model.block import Block
+from trinity.model.experts import MixtureOfExperts
 from trinity.model.layers import Linear, RMSNorm, rotary_angles
 from trinity.model.router import Routing
 
@@ -28,13 +29,15 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size))
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size)
+        )
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Output:
-        """tokens: [B, T] int64; positions: [T] or [B, T], counted from 0 when absent; attend: how a query reads the past."""
+        """tokens [B, T] int64; positions [T] or [B, T], from 0 when absent; attend: how a query reads the past."""
         attend = Causal() if attend is None else attend
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -55,4 +58,4 @@ class Transformer(nn.Module):
 
     def expert_biases(self) -> list[Tensor]:
         """The selection bias of each sparse layer, first to last: float32 [E] buffers, moved by the training step."""
-        return [module.expert_bias for module in self.modules() if hasattr(module, "expert_bias")]
+        return [module.expert_bias for module in self.modules() if isinstance(module, MixtureOfExperts)]

@@ -3,8 +3,8 @@
     m <- mu m + (1 - mu) g          u = orthogonalise((1 - mu) g + mu m)      (Nesterov)
     w <- (1 - lr wd) w - lr sqrt(max(1, fan_out / fan_in)) u
 
-The rate adjustment is the Trinity report's (section 3.4.2), not Moonlight's 0.2 sqrt(max(m, n)). Equal to torch.optim.Muon
-(adjust_lr_fn="original") on single matrices; see tests/parity/test_optim.py.
+The rate adjustment is the Trinity report's (section 3.4.2), not Moonlight's 0.2 sqrt(max(m, n)). Equal to
+torch.optim.Muon (adjust_lr_fn="original") on single matrices; see tests/parity/test_optim.py.
 """
 
 from collections import defaultdict
@@ -37,7 +37,7 @@ class Muon(Optimizer):
                 assert parameter.dim() >= 2, "Muon moves matrices; vectors belong to AdamW"
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update. Matrices of one shape are orthogonalised together, which is what keeps a CPU busy."""
         assert closure is None
         for group in self.param_groups:
@@ -55,8 +55,10 @@ class Muon(Optimizer):
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)
+        gradient = parameter.grad
+        assert gradient is not None
+        state["momentum"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(state["momentum"], momentum)
 
     def _apply(self, pairs: list[tuple[Tensor, Tensor]], rate: float, shrink: float) -> None:
         updates = [update.flatten(0, -3) if update.dim() > 2 else update.unsqueeze(0) for _, update in pairs]

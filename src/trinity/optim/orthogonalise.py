@@ -22,9 +22,13 @@ def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.f
     stack = flat if flat.dim() == 3 else flat.unsqueeze(0)
     stack = stack / stack.flatten(1).norm(dim=1).clamp(min=_EPS)[:, None, None]
     for _ in range(steps):
+        # (a I + b G + c G^2) X with G = X X^T; constants go onto diagonals, so that no product copies its addend.
         gram = stack @ stack.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        stack = torch.baddbmm(stack, polynomial, stack, beta=a)
+        factor = gram * c
+        factor.diagonal(dim1=-2, dim2=-1).add_(b)
+        polynomial = gram @ factor
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        stack = polynomial @ stack
     x = stack.view(x.shape)
     return x.mT if tall else x
 

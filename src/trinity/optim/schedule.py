@@ -1,4 +1,4 @@
-"""The learning rate as a function of tokens seen: warm-up, plateau, linear or cosine decay; and a re-warmed second leg."""
+"""The learning rate as a function of tokens seen: warm-up, plateau, linear or cosine decay; a re-warmed second leg."""
 
 import math
 

@@ -10,7 +10,10 @@ from trinity.config.model import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
-    """Parameters in all and per token, split by where they sit. The selection bias is stored, so it counts in the total; it weighs nothing, so it is not active."""
+    """Parameters in all and per token, split by where they sit.
+
+    The selection bias is stored, so it counts in the total; it weighs nothing, so it is not active.
+    """
 
     embedding: int
     head: int

@@ -1,4 +1,4 @@
-"""Recipes that run on one small machine: `debug` (seconds), `demo` (about five minutes), `lab256` (4 of 256 experts)."""
+"""Recipes for one small machine: `debug` (seconds), `demo` (about five minutes), `lab256` (4 of 256 experts)."""
 
 from trinity.config.data import DataConfig
 from trinity.config.model import ModelConfig
@@ -77,7 +77,7 @@ def demo() -> RunConfig:
 
 
 def lab256() -> RunConfig:
-    """410M parameters, 4 of 256 experts: small enough to train here, sparse as Trinity Large. Speed is compared on it."""
+    """410M parameters, 4 of 256 experts: sparse as Trinity Large, small enough to train here; for comparing speed."""
     return RunConfig(
         name="lab256",
         model=ModelConfig(
@@ -97,9 +97,7 @@ def lab256() -> RunConfig:
             max_position_embeddings=4096,
         ),
         data=DataConfig(sequence_length=512, buffer_documents=256),
-        optim=OptimConfig(
-            muon_lr=5e-3, adamw_lr=2e-3, warmup_tokens=2 * 1024 * 1024, decay_tokens=16 * 1024 * 1024
-        ),
+        optim=OptimConfig(muon_lr=5e-3, adamw_lr=2e-3, warmup_tokens=2 * 1024 * 1024, decay_tokens=16 * 1024 * 1024),
         train=TrainConfig(
             tokens=64 * 1024 * 1024,
             batch_tokens=128 * 1024,

@@ -1,0 +1,94 @@
+"""A whole model folder, as other programs expect it: weights, config, tokenizer, chat template, generation defaults.
+
+Writing serves `trinity export` and the bundle of a release; checking and copying serve `trinity import`.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from trinity.base.durable import write_durably, write_json
+from trinity.base.errors import CheckpointError
+from trinity.ckpt.hf import read_published_config, shard_files, write_hf
+from trinity.ckpt.names import published_tensors
+from trinity.config.model import ModelConfig
+from trinity.model.init import build_on_meta
+from trinity.model.transformer import Transformer
+from trinity.text.chat import jinja_template
+from trinity.text.tokenizer import Tokenizer
+
+_COPIED = ("*.safetensors", "*.json", "*.jinja", "LICENSE*", "README.md")
+_CODE = (".py", ".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
+
+
+def write_model_folder(
+    folder: Path, model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, chat: bool = False
+) -> None:
+    """Fill an existing folder with all that a program needs to run the model. A chat model ends turns at <|im_end|>."""
+    write_hf(folder, model, dtype)
+    tokenizer.save(folder)
+    write_durably(folder / "chat_template.jinja", jinja_template())
+    end = "<|im_end|>" if chat else "<|end_of_text|>"
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|begin_of_text|>",
+            "eos_token": end,
+            "pad_token": "<|pad|>",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": model.config.max_position_embeddings,
+        },
+    )
+    write_json(
+        folder / "generation_config.json",
+        {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": sorted({tokenizer.id_of(end), tokenizer.eos_id}) if chat else tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+            "do_sample": True,
+            "temperature": 0.8,
+            "top_p": 0.95,
+        },
+    )
+
+
+def check_folder(folder: Path) -> ModelConfig:
+    """Check that a folder is a whole AFMoE model without loading it: every tensor once, of the right shape, no code.
+
+    Returns its configuration; raises CheckpointError naming the first thing that is wrong.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no folder {folder}.", "Name the folder that holds config.json.")
+    config = read_published_config(folder)
+    wanted = {name: tensor.shape for name, tensor in published_tensors(build_on_meta(config).state_dict())}
+    for shard in shard_files(folder):
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    shape = torch.Size(file.get_slice(name).get_shape())
+                    if wanted.pop(name, None) != shape:
+                        raise CheckpointError(
+                            f"{shard}: {name} with shape {list(shape)} is not part of this architecture.",
+                            "config.json and the weights do not belong together.",
+                        )
+        except (SafetensorError, FileNotFoundError) as error:
+            raise CheckpointError(
+                f"{shard} is missing, cut off or altered: {error}.", "Copy the file again."
+            ) from error
+    if wanted:
+        raise CheckpointError(
+            f"{folder} lacks {len(wanted)} tensors, among them {next(iter(wanted))}.", "Copy it again."
+        )
+    Tokenizer.load(folder)
+    return config
+
+
+def copy_model_files(source: Path, out: Path) -> None:
+    """Copy weights, configuration, tokenizer, card and licence, byte for byte. Code and pickles stay behind."""
+    for pattern in _COPIED:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.suffix not in _CODE and path.name != "manifest.json":
+                shutil.copyfile(path, out / path.name)

@@ -1,0 +1,48 @@
+"""`trinity train`: pretrain a recipe into a run folder.
+
+Example:
+  trinity train debug --out runs/debug
+  trinity train demo --data tokens/ --out runs/demo --set train.tokens=2M --set optim.muon_lr=0.01
+
+Without --data, a small corpus is made from this Python's standard library. The same command again resumes.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="debug, demo, lab256, nano, mini or large")
+    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="run folder, made or resumed")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="token folder or mix (trinity data tokenize, mix)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        dest="settings",
+        help="override one setting of the recipe",
+    )
+    parser.add_argument("--json", action="store_true", help="print the final figures as JSON")
+    parser.set_defaults(action=train_recipe)
+
+
+def train_recipe(options: argparse.Namespace) -> None:
+    from trinity.config.load import override
+    from trinity.recipes.table import recipe
+
+    config = override(recipe(options.recipe), options.settings)
+    from trinity.data.embedded import embedded_corpus
+    from trinity.train.display import TrainingDisplay
+    from trinity.train.loop import train
+
+    data = options.data or embedded_corpus(options.out / "data", config.model.vocab_size)
+    with TrainingDisplay(config.train.tokens) as display:
+        state = train(config, data, options.out, display.say, display.show)
+    result = {"run": str(options.out), "step": state.step, "tokens": state.tokens}
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(f"Trained {options.out} to step {state.step}, {state.tokens:,} tokens.")
+    print(f"Next: trinity generate {options.out} --prompt 'def '   |   trinity report {options.out} --out page.html")

@@ -1,0 +1,72 @@
+"""A run on the screen: loss, bits per byte, MaxVio, dead experts, tokens per second, time left.
+
+On a terminal one live line; otherwise (a log file, a pipe) one plain line every few seconds.
+"""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from trinity.base.units import show_count, show_seconds
+from trinity.train.duties import Progress as StepProgress
+
+_PLAIN_SECONDS = 10.0
+
+
+class TrainingDisplay:
+    """`with TrainingDisplay(total_tokens) as display: train(..., say=display.say, show=display.show)`."""
+
+    def __init__(self, total_tokens: int) -> None:
+        self.total = total_tokens
+        self.console = Console(stderr=True, highlight=False)
+        self.live = self.console.is_terminal
+        self.started: float | None = None
+        self.start_tokens = 0
+        self.last_plain = 0.0
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+        )
+        self.task = self.bar.add_task("training", total=total_tokens, figures="starting")
+
+    def __enter__(self) -> "TrainingDisplay":
+        if self.live:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live:
+            self.bar.stop()
+
+    def say(self, sentence: str) -> None:
+        self.console.print(sentence, markup=False)
+
+    def show(self, progress: StepProgress) -> None:
+        now = time.monotonic()
+        if self.started is None:
+            self.started, self.start_tokens = now, progress.tokens
+        done = progress.tokens - self.start_tokens
+        left = (now - self.started) / done * (self.total - progress.tokens) if done else None
+        figures = self._figures(progress, left)
+        if self.live:
+            self.bar.update(self.task, completed=progress.tokens, figures=figures)
+        elif now - self.last_plain >= _PLAIN_SECONDS or progress.tokens >= self.total:
+            self.last_plain = now
+            share = 100 * progress.tokens / self.total
+            print(f"{share:5.1f}%  {figures}", file=sys.stderr, flush=True)
+
+    def _figures(self, progress: StepProgress, left: float | None) -> str:
+        bits = "-" if progress.bits_per_byte is None else f"{progress.bits_per_byte:.3f}"
+        return (
+            f"loss {progress.loss:.3f}  bits/byte {bits}  MaxVio {progress.max_violation:.2f}  "
+            f"dead {progress.dead_experts}  {show_count(round(progress.tokens_per_second))} tok/s  "
+            f"left {'-' if left is None else show_seconds(left)}"
+        )

@@ -1,0 +1,141 @@
+"""What a run does besides stepping: log, evaluate, sample, save. Each duty is due every so many tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from trinity.balance.health import Health, measure
+from trinity.base.run import MetricsLog
+from trinity.ckpt.folder import PRE_ANNEAL, point_to, prune
+from trinity.config.run import RunConfig
+from trinity.data.heldout import heldout_documents
+from trinity.model.generate import continue_greedily
+from trinity.train.evaluate import score_documents, total
+from trinity.train.state import TrainState
+from trinity.train.step import Measured
+
+LOAD_EVERY = 10  # steps between expert loads in the log: [L, E] shares would fill it otherwise
+
+
+class Progress(NamedTuple):
+    """What a display shows of a run, after one step."""
+
+    step: int
+    tokens: int
+    loss: float
+    bits_per_byte: float | None
+    max_violation: float
+    dead_experts: int
+    tokens_per_second: float
+
+
+class Duties:
+    """The duties of one run. `say` receives sentences for people (incidents, samples, saves)."""
+
+    def __init__(self, run: Path, data: Path, config: RunConfig, resume_step: int, say: Callable[[str], None]) -> None:
+        self.run, self.config, self.say = run, config, say
+        self.metrics = MetricsLog(run, resume_step)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        self.heldout = [
+            (list(document.ids), document.bytes) for document in heldout_documents(data, config.train.evaluate_bytes)
+        ]
+        self.bits_per_byte: float | None = None
+
+    def log_step(self, state: TrainState, measured: Measured, rates: tuple[float, float], seconds: float) -> Progress:
+        biases = state.model.expert_biases()
+        sparse = bool(biases)
+        health = measure(measured.counts, torch.stack(biases)) if sparse else Health([0.0], 1.0, 0, 0.0)
+        speed = self.config.train.batch_tokens / seconds
+        values: dict[str, Any] = {
+            "tokens": state.tokens,
+            "loss": measured.loss,
+            "z_loss": measured.z_loss,
+            "balance_loss": measured.balance_loss,
+            "grad_norm": measured.grad_norm,
+            "batch_het": measured.batch_het,
+            "lr_muon": rates[0],
+            "lr_adamw": rates[1],
+            "tokens_per_second": round(speed, 1),
+            "max_violation": max(health.max_violation),
+            "max_violation_by_layer": [round(value, 4) for value in health.max_violation],
+            "dead_experts": health.dead_experts,
+            "load_entropy": health.load_entropy,
+            "bias_norm": health.bias_norm,
+            "seconds": round(seconds, 4),
+        }
+        for name in ("loss", "grad_norm", "batch_het", "max_violation", "dead_experts", "load_entropy", "lr_muon"):
+            self.board.add_scalar(f"train/{name}", values[name], state.step)
+        self.board.add_scalar("speed/tokens_per_second", speed, state.step)
+        if sparse and (state.step % LOAD_EVERY == 0 or state.step == 1):
+            share = measured.counts.double() / measured.counts.sum(-1, keepdim=True)
+            values["expert_load"] = [[round(value, 5) for value in layer] for layer in share.tolist()]
+            for layer, load in enumerate(share):
+                self.board.add_histogram(f"expert_load/layer_{layer}", load, state.step)
+        self.metrics.write("step", state.step, **values)
+        alarm = state.guard.alarm.observe(values["max_violation"])
+        if alarm:
+            self.incident(state.step, alarm, "alarm")
+        return Progress(
+            state.step,
+            state.tokens,
+            measured.loss,
+            self.bits_per_byte,
+            values["max_violation"],
+            health.dead_experts,
+            speed,
+        )
+
+    def incident(self, step: int, what: str, action: str) -> None:
+        self.metrics.write("guard", step, what=what, action=action)
+        self.say(f"step {step}: {what} -> {action}")
+
+    def evaluate(self, state: TrainState) -> None:
+        """Bits per byte on held-out text, and a short sample."""
+        state.model.eval()
+        score = total(score_documents(state.model, self.heldout, self.config.data.sequence_length))
+        state.model.train()
+        self.bits_per_byte = score.bits_per_byte
+        self.metrics.write(
+            "evaluation",
+            state.step,
+            tokens=state.tokens,
+            bits_per_byte=score.bits_per_byte,
+            loss=score.loss,
+            bytes=score.bytes,
+        )
+        self.board.add_scalar("heldout/bits_per_byte", score.bits_per_byte, state.step)
+        if self.config.train.sample_tokens:
+            self._sample(state)
+
+    def _sample(self, state: TrainState) -> None:
+        tokenizer = state.loader.tokenizer
+        prompt = tokenizer.decode(list(self.heldout[0][0][1:13]))
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        room = self.config.model.max_position_embeddings - len(ids)
+        new = continue_greedily(state.model, ids, min(self.config.train.sample_tokens, room), {tokenizer.eos_id})
+        text = tokenizer.decode(new)
+        self.metrics.write("sample", state.step, prompt=prompt, text=text)
+        self.board.add_text("sample", f"{prompt}|{text}", state.step)
+
+    def save(self, state: TrainState) -> None:
+        """A checkpoint, then the pointer, then the old ones go."""
+        point_to(self.run, state.save(self.run, f"step-{state.step:08d}", self.config))
+        prune(self.run, self.config.train.keep_checkpoints)
+
+    def save_pre_anneal(self, state: TrainState) -> None:
+        """The checkpoint before the learning rate falls: kept for good, what a TrueBase is cut from."""
+        if not (self.run / "checkpoints" / PRE_ANNEAL).exists():
+            state.save(self.run, PRE_ANNEAL, self.config)
+            self.say(f"step {state.step}: pre-anneal checkpoint kept at {state.tokens:,} tokens")
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.board.close()
+
+
+def due(every: int, before: int, after: int) -> bool:
+    """Whether a multiple of `every` tokens lies in (before, after]."""
+    return every > 0 and after // every > before // every

@@ -1,0 +1,151 @@
+"""The loop: step, then duties. The same call on the same folder goes on where the last one stopped.
+
+A run killed at any moment and started again ends in bit-identical weights: the step depends on nothing but TrainState.
+"""
+
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trinity.base.durable import write_json
+from trinity.base.errors import ConfigError, TrainingHalted, UsageError
+from trinity.base.lineage import write_lineage
+from trinity.base.run import CONFIG
+from trinity.ckpt.folder import newest_good, read_checkpoint
+from trinity.config.load import config_fingerprint, differences, to_dict
+from trinity.config.run import RunConfig
+from trinity.data.loader import Loader
+from trinity.train.duties import Duties, Progress, due
+from trinity.train.state import TrainState
+from trinity.train.step import accumulate, apply_update, drop_update, learning_rates
+
+
+def train(
+    config: RunConfig,
+    data: Path,
+    run: Path,
+    say: Callable[[str], None],
+    show: Callable[[Progress], None],
+) -> TrainState:
+    """Train to the configured horizon into the folder `run`, resuming what is there; returns the final state.
+
+    say: sentences for people. show: called after every step for a display.
+    """
+    with only_user_of(run):
+        state = prepare(config, data, run, say)
+        duties = Duties(run, data, config, state.step, say)
+        try:
+            if state.tokens >= config.train.tokens:
+                say(f"{run} is complete at {state.tokens:,} tokens; nothing to do.")
+            elif state.step == 0:
+                duties.evaluate(state)
+            _advance(state, config, run, duties, show)
+        finally:
+            duties.close()
+    return state
+
+
+def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, show: Callable[[Progress], None]) -> None:
+    microbatches = config.train.batch_tokens // (config.train.microbatch_rows * config.data.sequence_length)
+    anneal_start = config.train.tokens - config.optim.decay_tokens
+    while state.tokens < config.train.tokens:
+        started = time.perf_counter()
+        batches = [state.loader.next_batch(config.train.microbatch_rows) for _ in range(microbatches)]
+        measured = accumulate(state, batches, config)
+        verdict = state.guard.judge(measured.loss, measured.grad_norm)
+        if verdict.action in ("rollback", "stop"):
+            drop_update(state)
+            duties.incident(state.step + 1, verdict.reason, verdict.action)
+            if verdict.action == "stop":
+                raise TrainingHalted(
+                    f"Training stopped at step {state.step + 1}: {verdict.reason}.",
+                    "The last checkpoint is whole. Lower the learning rates in a new run, or look at the data.",
+                )
+            _roll_back(state, config, run, duties)
+            continue
+        before = state.tokens
+        state.step += 1
+        state.tokens += config.train.batch_tokens
+        rates = learning_rates(state.tokens, config)
+        if verdict.action == "skip":
+            drop_update(state)
+            duties.incident(state.step, verdict.reason, "skip")
+        else:
+            apply_update(state, measured, config, rates)
+            show(duties.log_step(state, measured, rates, time.perf_counter() - started))
+        _do_duties(state, config, duties, before, anneal_start)
+
+
+def _do_duties(state: TrainState, config: RunConfig, duties: Duties, before: int, anneal_start: int) -> None:
+    done = state.tokens >= config.train.tokens
+    if done or due(config.train.evaluate_every_tokens, before, state.tokens):
+        duties.evaluate(state)
+    if config.optim.decay_tokens and before < anneal_start <= state.tokens:
+        duties.save_pre_anneal(state)
+    if done or due(config.train.save_every_tokens, before, state.tokens):
+        duties.save(state)
+
+
+def _roll_back(state: TrainState, config: RunConfig, run: Path, duties: Duties) -> None:
+    """Weights, optimiser and counters of the newest good checkpoint; the data stream stays where it is."""
+    checkpoint = newest_good(run, duties.say)
+    if checkpoint is None:
+        raise TrainingHalted(
+            "There is no checkpoint to roll back to yet.",
+            "Lower the learning rates, or set train.save_every_tokens lower.",
+        )
+    state.restore(read_checkpoint(checkpoint), config, keep_loader=True)
+    state.guard.rolled_back()
+    duties.say(f"rolled back to step {state.step}; the data read since is not read again")
+
+
+def prepare(config: RunConfig, data: Path, run: Path, say: Callable[[str], None]) -> TrainState:
+    """A fresh state, or the state of the newest good checkpoint of a run with the same configuration."""
+    loader = Loader(data, config.data, config.train.seed)
+    if loader.tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"The tokenizer of {data} has {loader.tokenizer.vocab_size} entries; the model has room for "
+            f"{config.model.vocab_size}.",
+            "Set model.vocab_size to at least the former.",
+        )
+    resolved = {"config": to_dict(config), "fingerprint": config_fingerprint(config), "data": str(data)}
+    if (run / CONFIG).exists():
+        known = json.loads((run / CONFIG).read_text())
+        changes = differences(known.get("config", {}), resolved["config"])
+        if changes:
+            raise ConfigError(
+                f"{run} was begun with other settings: {'; '.join(changes[:5])}.",
+                "Give the same settings to resume, or another --out.",
+            )
+    else:
+        write_json(run / CONFIG, resolved)
+        loader.tokenizer.save(run)
+        write_lineage(
+            run,
+            "pretraining run",
+            {"data": loader.data_fingerprint, "tokenizer": loader.tokenizer.fingerprint},
+            {"recipe": config.name, "config": resolved["fingerprint"], "seed": config.train.seed},
+        )
+    state = TrainState.fresh(config, loader)
+    newest = newest_good(run, say)
+    if newest is not None:
+        state.restore(read_checkpoint(newest), config)
+        say(f"resuming {run} at step {state.step}, {state.tokens:,} tokens")
+    return state
+
+
+@contextmanager
+def only_user_of(run: Path) -> Iterator[None]:
+    """Refuse a second process on the same run folder; the lock goes with the process, however it ends."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f"{run} is being trained by another process.", "Wait for it, or use another --out."
+            ) from error
+        yield
