@@ -10,7 +10,7 @@ Memory holds one row group (about 8 MiB of text), never the corpus.
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,12 +61,21 @@ class Document:
         return self.parents[-1] if self.parents else self.id
 
 
+def folder_kind(folder: Path) -> str | None:
+    """What a folder says it is (documents, tokens, mix, tokenizer, run, ...), None when it says nothing readable."""
+    try:
+        kind = read_lineage(folder).get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return kind if isinstance(kind, str) else None
+
+
 @contextmanager
 def data_folder(final: Path, kind: str) -> Iterator[Path]:
     """Build a data folder aside and seal it; refuses to replace a folder that is not a data folder of ours."""
     if final.is_file():
         raise UsageError(f"{final} is a file.", "Give --out the name of a folder.")
-    if final.is_dir() and any(final.iterdir()) and read_lineage(final).get("kind") not in KINDS_OF_FOLDER:
+    if final.is_dir() and any(final.iterdir()) and folder_kind(final) not in KINDS_OF_FOLDER:
         raise UsageError(
             f"{final} exists and is not a data folder; replacing it would lose its files.", "Choose another --out."
         )
@@ -97,10 +106,16 @@ class DocumentWriter:
         if self._shard_bytes >= SHARD_BYTES:
             self._end_shard()
 
-    def close(self) -> None:
+    def finish(self) -> None:
         if self._rows or not self.documents:
             self._end_group()
         self._end_shard()
+
+    def close(self) -> None:
+        """Let go of the open shard of a folder that will not be finished."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
 
     def _end_group(self) -> None:
         if self._file is None:
@@ -125,12 +140,9 @@ def writing_documents(
 ) -> Iterator[tuple[DocumentWriter, Ledger]]:
     """A documents folder in the making: (where documents go, where drops are recorded). Sealed when the block ends."""
     with data_folder(final, "documents") as aside:
-        writer, ledger = DocumentWriter(aside), Ledger(aside / "ledger.jsonl")
-        try:
+        with closing(DocumentWriter(aside)) as writer, closing(Ledger(aside / "ledger.jsonl")) as ledger:
             yield writer, ledger
-        finally:
-            writer.close()
-            ledger.close()
+            writer.finish()
         write_lineage(aside, "documents", parents, made_by)
 
 
@@ -171,7 +183,7 @@ def promised_files(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
     """The manifest's files of a data folder of this kind, each present with its size. Raises DataError otherwise."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder.", f"Give a {kind} folder made by 'trinity data'.")
-    found = read_lineage(folder).get("kind")
+    found = folder_kind(folder)
     if found != kind:
         raise DataError(
             f"{folder} is not a {kind} folder{f' but a {found} folder' if found else ''}.",
@@ -179,7 +191,7 @@ def promised_files(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
         )
     try:
         promised: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} has no readable manifest.", "Make the folder again.") from error
     for name, entry in promised.items():
         path = folder / name

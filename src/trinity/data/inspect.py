@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from trinity.base.errors import DataError
-from trinity.base.lineage import read_lineage
 from trinity.base.run import read_lines
-from trinity.data.documents import promised_files, read_documents
+from trinity.data.documents import folder_kind, promised_files, read_documents
 from trinity.data.mix import Corpus, open_corpus
 from trinity.data.tokens import TokenFolder, TokenSplit
 
@@ -18,7 +17,7 @@ SAMPLE_CHARACTERS = 160
 
 def inspect_folder(folder: Path, samples: int = 3) -> dict[str, Any]:
     """A JSON-like report whose "folder" is documents, tokens or mix. Raises DataError for any other folder."""
-    kind = read_lineage(folder).get("kind")
+    kind = folder_kind(folder)
     if kind == "documents":
         return inspect_documents(folder, samples)
     if kind == "tokens":

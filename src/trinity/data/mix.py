@@ -9,14 +9,14 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from trinity.base.durable import write_json
 from trinity.base.errors import DataError, UsageError
-from trinity.base.lineage import fingerprint, read_lineage, write_lineage
-from trinity.data.documents import data_folder, promised_files
+from trinity.base.lineage import fingerprint, write_lineage
+from trinity.data.documents import data_folder, folder_kind, promised_files
 from trinity.data.order import MixedOrder
 from trinity.data.tokens import TokenFolder, TokenSplit
 from trinity.text.tokenizer import Tokenizer
@@ -110,20 +110,28 @@ class Corpus:
 def open_corpus(path: Path | str) -> Corpus:
     """Open a token folder or a mix folder. Raises DataError for anything else, or for a source that has changed."""
     folder = Path(path)
-    if read_lineage(folder).get("kind") != "mix":
+    if folder_kind(folder) != "mix":
         return Corpus(folder, [TokenFolder.open(folder)], [1.0])
     promised_files(folder, "mix")
+    try:
+        entries = [(entry["path"], entry["weight"], entry["fingerprint"]) for entry in read_sources(folder)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / MIX} cannot be read: {error}.", "Make the mix again.") from error
     sources, weights = [], []
-    for entry in json.loads((folder / MIX).read_text())["sources"]:
-        source = TokenFolder.open(Path(os.path.normpath(folder / entry["path"])))
-        if source.fingerprint != entry["fingerprint"]:
+    for place, weight, promised in entries:
+        source = TokenFolder.open(Path(os.path.normpath(folder / place)))
+        if source.fingerprint != promised:
             raise DataError(
-                f"{source.path} has changed since the mix was made ({source.fingerprint}, was {entry['fingerprint']}).",
+                f"{source.path} has changed since the mix was made ({source.fingerprint}, was {promised}).",
                 "Make the mix again.",
             )
         sources.append(source)
-        weights.append(entry["weight"])
+        weights.append(weight)
     return Corpus(folder, sources, weights)
+
+
+def read_sources(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / MIX).read_text())["sources"]
 
 
 def parse_shares(arguments: list[str]) -> list[tuple[Path, float]]:

@@ -15,6 +15,7 @@ text and what was made from it, are on the same side in every folder.
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,11 @@ def tokenise(
         raise UsageError(f"A held-out share of {heldout_fraction} is impossible.", "Give a number from 0 up to 1.")
     sides = Sides(read_rows(folder, ["id", "parents"]), heldout_fraction)
     width = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    with data_folder(out, "tokens") as aside:
+    with data_folder(out, "tokens") as aside, ExitStack() as open_files:
         kinds: list[str] = []
         writers = {split: SplitWriter(aside / split, width, shard_tokens) for split in SPLITS}
+        for writer in writers.values():
+            open_files.callback(writer.close)
         for batch in batches(read_documents(folder)):
             for document, ids in zip(batch, tokenizer.encode_batch([entry.text for entry in batch]), strict=True):
                 if document.kind not in kinds:
@@ -68,7 +71,7 @@ def tokenise(
                 writers[split].write(document, kinds.index(document.kind), marked)
             if progress:
                 progress(len(batch))
-        summaries = {split: writer.close() for split, writer in writers.items()}
+        summaries = {split: writer.finish() for split, writer in writers.items()}
         if not summaries["train"].documents:
             raise DataError(f"{folder} holds no document to train on.", "Ingest some text first.")
         write_json(
@@ -161,8 +164,12 @@ class SplitWriter:
         for name, column in self._rows.items():
             column.append(list(document.parents) if name == "parents" else getattr(document, name))
 
-    def close(self) -> SplitSummary:
+    def close(self) -> None:
         self._file.close()
+
+    def finish(self) -> SplitSummary:
+        """Write the index; returns what the split holds."""
+        self.close()
         ids = np.frombuffer(bytes.fromhex("".join(self._rows["id"])), dtype=np.uint8).reshape(-1, 32)
         for name, values in (
             ("offsets", np.array(self._offsets, dtype=np.int64)),
