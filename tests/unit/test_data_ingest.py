@@ -165,7 +165,7 @@ def test_the_library_gives_source_and_docstrings() -> None:
 
 
 def test_docstrings_as_a_readable_text() -> None:
-    source = '"""Mod."""\nclass A:\n    """An A."""\n    def f(self, x=1):\n        """Do f."""\n    def _g(self): "hidden"\n'
+    source = '"""Mod."""\nclass A:\n    """An A."""\n    def f(self, x=1): "Do f."\n    def _g(self): "hidden"\n'
     assert docstrings(source, "m") == "# m\n\nMod.\n\n## m.A\n\nAn A.\n\n### m.A.f(self, x=1)\n\nDo f.\n"
     assert docstrings("x = 1", "m") == docstrings("def broken(", "m") == ""
     assert [module_name(name) for name in ("json/__init__.py", "os.py")] == ["json", "os"]

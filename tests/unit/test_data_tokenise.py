@@ -113,10 +113,8 @@ def test_equal_documents_have_an_equal_fingerprint(tmp_path: Path, tokenizer: To
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    class Large(Tokenizer):
-        vocab_size = 65_537
-
-    large = Large(tokenizer._source, "large")
+    large = Tokenizer(tokenizer._source, "large")
+    large.vocab_size = 65_537
     tokenise(documents_folder(tmp_path / "d", numbered(3)), large, tmp_path / "t")
     assert TokenFolder.open(tmp_path / "t").train.document(0).dtype == np.uint32
 
