@@ -1,5 +1,6 @@
 """What every test stands on: no network, one thread, fixed seeds, and a model small enough to build in milliseconds."""
 
+import json
 import os
 
 os.environ.update(
@@ -14,7 +15,9 @@ os.environ.update(
 
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -76,3 +79,43 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip("real data is not here: expected it at ../shared/data beside the repository")
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def record_run() -> Callable[..., Path]:
+    """record_run(folder, steps, *settings): write a run folder that reports can be made of."""
+    return _record_run
+
+
+def _step_row(step: int) -> dict[str, Any]:
+    shares = [[1 / 8] * 8 for _ in range(3)]
+    row = {
+        "kind": "step", "step": step, "tokens": step * 1024, "loss": 6 - step / 20, "z_loss": 0.1, "balance_loss": 0.1,
+        "grad_norm": 1.0 + step % 3, "batch_het": 0.2, "lr_muon": 0.02, "lr_adamw": 0.003, "tokens_per_second": 900.0,
+        "max_violation": 0.5, "max_violation_by_layer": [0.5, 0.25, 0.125], "dead_experts": 0, "load_entropy": 0.99,
+        "bias_norm": 0.01, "seconds": 1.1,
+    }  # fmt: skip
+    return row | ({"expert_load": shares} if step % 5 == 0 else {})
+
+
+def _record_run(folder: Path, steps: int, *settings: str) -> Path:
+    """A run folder as training leaves it in the middle of writing a line: 3 sparse layers of 8 experts."""
+    from trinity.config.load import override, to_dict
+    from trinity.recipes.table import recipe
+
+    folder.mkdir(parents=True)
+    config = to_dict(override(recipe("debug"), settings))
+    (folder / "config.json").write_text(json.dumps({"config": config, "fingerprint": "0"}))
+    rows: list[dict[str, Any]] = [_step_row(step) for step in range(1, steps + 1)]
+    if steps >= 10:
+        rows += [
+            {"kind": "evaluation", "step": 10, "tokens": 10240, "bits_per_byte": 3.5, "loss": 4.0, "bytes": 8192},
+            {"kind": "evaluation", "step": 20, "tokens": 20480, "bits_per_byte": 2.5, "loss": 3.0, "bytes": 8192},
+            {"kind": "sample", "step": 10, "prompt": "def f(", "text": "<script>alert(1)</script> & more"},
+            {"kind": "guard", "step": 7, "what": "loss spike", "action": "skip"},
+            {"kind": "resume", "step": 16},
+            {"kind": "unheard-of", "step": 3},
+        ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text + 'null\n"text"\n{"kind": "step", "st')
+    return folder

@@ -69,7 +69,8 @@ def audit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("audit")
     measure = {"probe": "bits_per_byte", "name": "bits per byte", "of": {"kind": "code"}, "value": 2.5, "low": 2.25,
                "high": 2.75, "n": 40, "counted": "held-out documents", "unit": "bits/byte"}  # fmt: skip
-    write_json(folder / "audit.json", {"seed": 0, "measures": [measure]})
+    write_json(folder / "results.json", {"model": "little", "suite": "base", "results": [measure]})
+    seal(folder)
     return folder
 
 
@@ -87,7 +88,8 @@ def test_a_release_holds_what_it_must(release: Path, key: Path):
     names = {path.relative_to(release).as_posix() for path in release.rglob("*") if path.is_file()}
     assert names == {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "README.md", "LICENSE", "lineage.json", "audit/audit.json", "manifest.json", "model.sig", "public_key.pem",
+        "README.md", "LICENSE", "lineage.json", "chat_template.jinja", "audit/results.json", "audit/manifest.json",
+        "manifest.json", "model.sig", "public_key.pem",
     }  # fmt: skip
     verdict = verify_release(release, key.with_name("publisher.pem.pub"))
     assert verdict.holds and verdict.trusted and verdict.signer == sign.key_name(sign.public_pem(key))
@@ -156,7 +158,7 @@ TAMPERINGS: list[tuple[Callable[[Path], object], str]] = [
     (lambda release: (release / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     (lambda release: (release / "evil.py").write_text("1"), "evil.py is not in the manifest"),
     (lambda release: (release / ".gitattributes").write_text("1"), ".gitattributes is not in the manifest"),
-    (lambda release: flip(release / "audit" / "audit.json"), "audit/audit.json was altered"),
+    (lambda release: flip(release / "audit" / "results.json"), "audit/results.json was altered"),
     (lambda release: (release / "model.sig").unlink(), "model.sig is missing"),
     (lambda release: (release / "model.sig").write_text("{}"), "model.sig is not a valid signature"),
     (lambda release: (release / MANIFEST).unlink(), "manifest.json is missing"),
@@ -210,11 +212,26 @@ def test_gates_are_named_and_waivers_need_a_reason(run: Path, key: Path, tmp_pat
     out = tmp_path / "out"
     with pytest.raises(VerificationError, match="held back: audit: there are no audit results"):
         release_model(run, out, key)
+    with pytest.raises(UsageError, match="is not an audit"):
+        release_model(run, out, key, run)
     with pytest.raises(UsageError, match="without a reason"):
         release_model(run, out, key, waivers={"audit": " "})
     with pytest.raises(UsageError, match="'model' cannot be waived"):
         release_model(run, out, key, waivers={"model": "in a hurry"})
     assert list(tmp_path.iterdir()) == [], "a release that is held back leaves nothing behind"
+
+
+def test_an_audit_of_another_model_or_an_altered_one_does_not_open_the_gate(
+    run: Path, key: Path, audit: Path, tmp_path: Path
+):
+    other = Path(shutil.copytree(audit, tmp_path / "other"))
+    results = json.loads((other / "results.json").read_text())
+    write_json(other / "results.json", {**results, "model": "somebody"})
+    with pytest.raises(VerificationError, match="results.json"):
+        release_model(run, tmp_path / "out", key, other)
+    seal(other)
+    with pytest.raises(VerificationError, match="is the audit of 'somebody', not of 'little'"):
+        release_model(run, tmp_path / "out", key, other)
 
 
 def test_weights_that_are_not_finite_are_held_back(run: Path, key: Path, release: Path, tmp_path: Path):
@@ -290,7 +307,7 @@ def test_the_commands(run: Path, audit: Path, tmp_path: Path, capsys: pytest.Cap
     arguments = ["release", str(run), "--out", str(out), "--audit", str(audit), "--new-key", str(key)]
     assert main([*arguments, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["files"] == 10 and [gate["name"] for gate in made["gates"]] == ["model", "shape", "tokenizer", "audit"]
+    assert made["files"] == 12 and [gate["name"] for gate in made["gates"]] == ["model", "shape", "tokenizer", "audit"]
 
     assert main(["verify", str(out), "--key", f"{key}.pub", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["trusted"] is True

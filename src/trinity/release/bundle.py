@@ -12,6 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trinity.base.durable import (
     MANIFEST,
     folder_aside,
@@ -19,13 +21,12 @@ from trinity.base.durable import (
     sha256_file,
     sync_folder,
     write_durably,
-    write_json,
 )
 from trinity.base.errors import CheckpointError, UsageError, VerificationError
 from trinity.base.lineage import LINEAGE, write_lineage
 from trinity.base.run import METRICS
 from trinity.ckpt.folder import STATE
-from trinity.ckpt.hf import write_hf
+from trinity.ckpt.model_folder import copy_model_files, write_model_folder
 from trinity.ckpt.opened import OpenedModel, open_model
 from trinity.release.audited import AuditRecord, read_audit
 from trinity.release.card import model_card
@@ -35,7 +36,6 @@ from trinity.release.verify import verify_release
 from trinity.report.read import RunRecord, read_run
 
 CARD, LICENSE, AUDIT = "README.md", "LICENSE", "audit"
-_MADE_HERE = {CARD, LICENSE, LINEAGE, MANIFEST, SIGNATURE, PUBLIC_KEY}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,37 +75,23 @@ def release_model(
 
 def write_model(folder: Path, opened: OpenedModel) -> None:
     """Weights, configuration and tokenizer as a Hugging Face folder; such a folder is copied file by file."""
-    source = opened.folder
-    if not (source / STATE).exists():
-        _copy_folder(source, folder)
+    if (opened.folder / STATE).exists():
+        write_model_folder(folder, opened.model, opened.tokenizer, torch.float32)
         return
-    write_hf(folder, opened.model, load_balance_coeff=_balance_step(source.parent.parent))
-    tokenizer = opened.tokenizer
-    tokenizer.save(folder)
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": tokenizer.token_name(tokenizer.bos_id),
-            "eos_token": tokenizer.token_name(tokenizer.eos_id),
-            "pad_token": tokenizer.token_name(tokenizer.pad_id),
-            "model_max_length": opened.model.config.max_position_embeddings,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
-    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    write_json(folder / "generation_config.json", {**ends, **opened.generation})
+    _refuse_links(opened.folder)
+    copy_model_files(opened.folder, folder)
 
 
 def _write_papers(folder: Path, name: str, opened: OpenedModel, gates: list[Gate], audit: AuditRecord | None) -> None:
     """Licence, lineage, audit results and card."""
-    write_durably(folder / LICENSE, files("trinity.release").joinpath("apache-2.0.txt").read_bytes())
+    if not (folder / LICENSE).exists():  # a model that came with a licence keeps it
+        write_durably(folder / LICENSE, files("trinity.release").joinpath("apache-2.0.txt").read_bytes())
     weights = {path.name: sha256_file(path) for path in sorted(folder.glob("*.safetensors"))}
     waived = {gate.name: gate.waived for gate in gates if gate.waived}
     parents: dict[str, Any] = {"model": opened.name, "weights": weights, "lineage": opened.lineage}
     if audit is not None:
-        _copy_folder(audit.folder, folder / AUDIT, keep=True)
-        parents["audit"] = {path.name: sha256_file(path) for path in sorted((folder / AUDIT).glob("*.json"))}
+        _copy_audit(audit.folder, folder / AUDIT)
+        parents["audit"] = sha256_file(folder / AUDIT / MANIFEST)
     write_lineage(folder, "release", parents, {"command": "trinity release", "waived": waived})
     run, step = _run_behind(opened)
     lineage = json.loads((folder / LINEAGE).read_text())
@@ -121,28 +107,16 @@ def _run_behind(opened: OpenedModel) -> tuple[RunRecord | None, int | None]:
     return read_run(run), json.loads(state.read_text()).get("step")
 
 
-def _balance_step(run: Path) -> float:
-    """The bias step the run balanced its experts with, which config.json publishes as load_balance_coeff."""
-    balance = read_run(run).config.get("balance", {}) if (run / METRICS).exists() else {}
-    return balance.get("sign_gamma" if balance.get("rule") == "sign" else "smebu_lambda", 5e-4)
-
-
-def _copy_folder(source: Path, target: Path, keep: bool = False) -> None:
-    """Copy plain files, one by one, into `target`; `keep` copies papers too. Links are refused, hidden files left."""
-    target.mkdir(parents=True, exist_ok=True)
+def _copy_audit(source: Path, target: Path) -> None:
+    _refuse_links(source)
     with refusing_disk(target):
-        for path in sorted(source.rglob("*")):
-            name = path.relative_to(source)
-            if path.is_symlink():
-                raise CheckpointError(
-                    f"{path} is a symbolic link.", "A release holds plain files only: copy its target."
-                )
-            if not path.is_file() or any(part.startswith(".") for part in name.parts):
-                continue
-            if not keep and (name.as_posix() in _MADE_HERE or name.parts[0] == AUDIT):
-                continue
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / name)
+        shutil.copytree(source, target)
+
+
+def _refuse_links(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a symbolic link.", "A release holds plain files only: copy its target.")
 
 
 def _refuse_places(source: Path, out: Path, private_key: Path) -> None:

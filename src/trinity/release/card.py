@@ -116,7 +116,7 @@ def _training(run: RunRecord, step: int | None) -> list[str]:
 
 
 def _audit(audit: AuditRecord | None, gates: Sequence[Gate]) -> list[str]:
-    if audit is None or not audit.measures:
+    if audit is None or not audit.results:
         reason = next((gate.waived for gate in gates if gate.name == "audit"), "")
         return [f"## Audit\n\nNot audited. Reason given: {reason}\n"]
     rows = [
@@ -127,9 +127,10 @@ def _audit(audit: AuditRecord | None, gates: Sequence[Gate]) -> list[str]:
             _with_interval(measure),
             f"{measure.get('n', '–')} {measure.get('counted', '')}".strip(),
         ]
-        for measure in audit.measures
+        for measure in audit.results
     ]
-    plain = {name: value for name, value in audit.about.items() if isinstance(value, str | int | float)}
+    settings = {name: audit.about.get("config", {}).get(name) for name in ("seed", "confidence")}
+    plain = {k: v for k, v in (audit.about | settings).items() if isinstance(v, str | int | float)}
     about = "; ".join(f"{name} {value}" for name, value in sorted(plain.items()))
     header = ["probe", "measure", "of", "value [interval]", "from"]
     made = f" ({about})" if about else ""

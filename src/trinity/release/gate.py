@@ -32,7 +32,7 @@ def check_gates(opened: OpenedModel, audit: AuditRecord | None, waivers: dict[st
             raise UsageError(f"The gate '{name}' cannot be waived.", nearest(name, list(WAIVABLE)))
         if not reason.strip():
             raise UsageError(f"The gate '{name}' is waived without a reason.", f'Write --waive {name}="why".')
-    gates = [_model(opened), _shape(opened), _tokenizer(opened), _audit(audit, waivers.get("audit", ""))]
+    gates = [_model(opened), _shape(opened), _tokenizer(opened), _audit(opened, audit, waivers.get("audit", ""))]
     closed = [gate for gate in gates if not gate.open and not gate.waived]
     if closed:
         raise VerificationError(
@@ -68,13 +68,19 @@ def _tokenizer(opened: OpenedModel) -> Gate:
     return Gate(name="tokenizer", open=True, told="text survives encoding and decoding byte for byte")
 
 
-def _audit(audit: AuditRecord | None, reason: str) -> Gate:
-    if audit is not None and audit.measures:
-        return Gate(name="audit", open=True, told=f"{len(audit.measures)} measures with intervals")
+def _audit(opened: OpenedModel, audit: AuditRecord | None, reason: str) -> Gate:
+    if audit is None:
+        told = "there are no audit results"
+    elif not audit.results:
+        told = f"{audit.folder} holds no results"
+    elif audit.model != opened.name:
+        told = f"{audit.folder} is the audit of '{audit.model}', not of '{opened.name}'"
+    else:
+        return Gate(name="audit", open=True, told=f"{len(audit.results)} results with intervals")
     return Gate(
         name="audit",
         open=False,
-        told="there are no audit results" if audit is None else f"{audit.folder} holds no measures",
+        told=told,
         remedy='Run `trinity audit` and name its folder with --audit, or say why not: --waive audit="reason".',
         waived=reason,
     )

@@ -195,7 +195,8 @@ def _svg(figure: Figure) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # older and newer ways to name a font
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     svg = svg.replace(_INK, "currentColor").replace(_FAINT, "var(--line)")
     for number, colour in enumerate(_SERIES, start=1):
         svg = svg.replace(colour, f"var(--series-{number})")
