@@ -23,6 +23,7 @@ from trinity.model.transformer import Transformer
 from trinity.text.tokenizer import StreamDecoder, Tokenizer
 
 CHUNK_TOKENS = 512  # of a prompt read in one step; other requests wait no longer than that
+SCORED_ROWS = 64  # of logits at once: with 200,000 entries a row, 51 MB
 
 
 class Sequence:
@@ -190,10 +191,11 @@ class Engine:
     def _score_prompt(self, sequence: Sequence, hidden: torch.Tensor, start: int) -> None:
         """Note the log-probabilities of the prompt tokens that follow the chunk at `start`; hidden [T, D]."""
         targets = sequence.prompt[start + 1 : start + 1 + len(hidden)]
-        if targets:
-            logits = self._logits(hidden[: len(targets)])
-            top = sequence.sampling.prompt_logprobs or 0
-            sequence.prompt_logprobs += logprobs_of(logits, torch.tensor(targets), top)
+        top = sequence.sampling.prompt_logprobs or 0
+        for place in range(0, len(targets), SCORED_ROWS):
+            part = torch.tensor(targets[place : place + SCORED_ROWS])
+            logits = self._logits(hidden[place : place + len(part)])
+            sequence.prompt_logprobs += logprobs_of(logits, part, top)
 
 
 def run(engine: Engine, requests: list[Request]) -> list[list[Piece]]:

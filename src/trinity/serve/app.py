@@ -95,8 +95,15 @@ class Service:
             self.worker.engine.check(requests[0])
         except RequestError as error:
             too_long = len(prompt) >= self.loaded.model.config.max_position_embeddings
-            raise ApiError(400, str(error), field, "context_length_exceeded" if too_long else None) from error
+            code = "context_length_exceeded" if too_long else None
+            raise ApiError(400, str(error), field_named(error) or field, code) from error
         return requests
+
+
+def field_named(error: RequestError) -> str | None:
+    """The field of the request that an error's sentence begins with, if it does."""
+    first = error.what.partition(" ")[0]
+    return first if first in Asked.model_fields else None
 
 
 def build_app(service: Service, keys: frozenset[bytes]) -> ASGIApp:
@@ -168,7 +175,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def unservable(_: HttpRequest, error: RequestError) -> JSONResponse:
-        return ApiError(400, str(error)).response()
+        return ApiError(400, str(error), field_named(error)).response()
 
     @app.exception_handler(DataError)
     async def unreadable(_: HttpRequest, error: DataError) -> JSONResponse:

@@ -118,7 +118,7 @@ class Worker:
             try:
                 pieces = self.engine.step()
             except Exception as error:
-                # A defect or memory exhausted: what ran is lost, the server goes on. The message may quote text: not logged.
+                # A defect, or no memory left: what ran is lost, the server goes on. A message may quote text: unlogged.
                 log.error("the engine failed with %s; its requests were ended", type(error).__name__)
                 self._give_up()
                 continue
