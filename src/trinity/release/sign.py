@@ -3,7 +3,7 @@
 The signature covers every file of the folder, the manifest included, and lies beside them as `model.sig`. Any tool that
 reads the format can check it:
 
-    model_signing verify key FOLDER --signature FOLDER/model.sig --public-key publisher.pem
+    model_signing verify key FOLDER --signature FOLDER/model.sig --public_key publisher.pem
 
 The only file that imports model_signing.
 """
