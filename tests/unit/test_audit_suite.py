@@ -3,11 +3,13 @@
 import argparse
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from trinity.audit.passages import cut_to_bytes, heldout_texts, strata
+from trinity.audit.passages import candidates, cut_to_bytes, heldout_texts, strata
+from trinity.audit.report import render
 from trinity.audit.suite import run_suite
 from trinity.base.durable import verify_seal
 from trinity.base.errors import ConfigError, DataError, UsageError
@@ -92,6 +94,27 @@ def test_a_second_audit_replaces_the_first_and_prints_tables(place, tmp_path, ca
     assert "| kind | bits per byte | documents |" in said and "report.md" in said
 
 
+def test_the_report_says_whether_the_model_was_trained_on_this_data(place):
+    corpus = open_corpus(place / "tokens")
+    for data, known, says in (
+        (None, None, "does not say what it was trained on"),
+        ("another", False, "names other training data"),
+        (corpus.fingerprint, True, ""),
+    ):
+        opened = dataclasses.replace(open_model(place / "model"), lineage={"parents": {"data": data}} if data else {})
+        found = run_suite("base", opened, corpus, QUICK, command="x", watch=lambda *seen: None)
+        assert found.trained_on_data is known
+        report = render(found.as_json(), found.load_shares)
+        assert says in report and ("lineage" in report) == (known is not True)
+
+
+def test_a_run_that_holds_its_data_needs_no_other(place, tmp_path, capsys):
+    shutil.copytree(place / "model", tmp_path / "run")
+    shutil.copytree(place / "tokens", tmp_path / "run" / "data")
+    command(tmp_path / "run", "--out", tmp_path / "out", *quick_settings())
+    assert "| code |" in capsys.readouterr().out
+
+
 def test_equal_seeds_give_equal_results(place):
     first, second = (run(place, QUICK) for _ in range(2))
     assert first == second
@@ -161,6 +184,17 @@ def test_documents_too_short_for_a_passage_are_said_so(place, tmp_path):
     command(place / "model", "--data", place / "tokens", "--out", tmp_path / "out", *quick_settings(),
             "--set", "prefix_tokens=250", "--set", "suffix_tokens=250")  # fmt: skip
     assert "No document is long enough" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_text_occurs_as_often_as_it_stands_in_the_corpus_times_its_copies(tmp_path):
+    texts = {name: f"{name} {some_text(number, 'prose')}" for number, name in enumerate(["once", "twice", "dropped"])}
+    with writing_documents(tmp_path / "documents", {}, {}) as (writer, _):
+        for name, copies in (("once", 1), ("twice", 1), ("twice", 1), ("dropped", 4), ("dropped", 5)):
+            writer.write(Document(texts[name], name, "prose", copies=copies))
+    tokenise(tmp_path / "documents", train_bpe(texts.values(), 400), tmp_path / "tokens", heldout_fraction=0.0)
+    corpus = open_corpus(tmp_path / "tokens")
+    found = {name: [corpus.sources[0].train.sources[i] for i in own] for name, own in candidates(corpus, 16).items()}
+    assert found == {"1": ["once"], "2-3": ["twice"], "8+": ["dropped"]}
 
 
 def test_held_out_text_is_cut_at_bytes_and_counted_exactly(place):

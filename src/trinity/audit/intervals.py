@@ -50,9 +50,9 @@ def bootstrap(
     """(value, low, high) of a statistic of weighted documents, each of the statistic's own shape.
 
     `statistic` maps weights [S, D] to values [S, ...]. 'percentile' gives the plain value between the resamples'
-    quantiles. The others are for statistics that sampling noise pushes one way (entropy, maximum, divergence), where the
-    resamples show how much noise adds: 'basic' mirrors their quantiles around the value, and 'corrected' also takes
-    their mean excess off the value. All are clipped to `bounds`, and low <= value <= high.
+    quantiles. The others are for statistics that sampling noise pushes one way (entropy, maximum, divergence), where
+    the resamples show how much noise adds: 'basic' mirrors their quantiles around the value, and 'corrected' also
+    takes their mean excess off the value. All are clipped to `bounds`, and low <= value <= high.
     """
     plain = statistic(np.ones((1, weights.shape[1])))[0]
     resampled = statistic(weights)

@@ -37,7 +37,7 @@ class Stratum(NamedTuple):
 
 
 def stratum_of(copies: int) -> str:
-    """The stratum of a document that stood `copies` times in the corpus."""
+    """The stratum of a text that occurs `copies` times in the corpus."""
     return next(name for name, low, high in STRATA if copies >= low and (high is None or copies <= high))
 
 

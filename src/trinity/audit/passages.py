@@ -75,15 +75,22 @@ def strata(corpus: Corpus, config: AuditConfig) -> list[Stratum]:
 
 
 def candidates(corpus: Corpus, tokens: int) -> dict[str, list[int]]:
-    """Training documents of at least `tokens` tokens, by stratum in the order of STRATA, as indices into the corpus."""
+    """Training documents of at least `tokens` tokens, by stratum in the order of STRATA, as indices into the corpus.
+
+    A text occurs as often as the corpus still holds it, each time with the copies that curation counted and dropped.
+    """
+    splits = [source.train for source in corpus.sources]
+    # Eight bytes of a sha256 tell a hundred million texts apart with a chance of error below 0.1 %.
+    names = np.concatenate([np.ascontiguousarray(split.ids[:, :8]).view(np.uint64)[:, 0] for split in splits])
+    copies = np.concatenate([np.asarray(split.copies) for split in splits])
+    lengths = np.concatenate([split.lengths for split in splits])
+    _, firsts, text_of = np.unique(names, return_index=True, return_inverse=True)
+    occurrences = np.zeros(len(firsts), np.int64)
+    np.add.at(occurrences, text_of, copies)
     found: dict[str, list[int]] = defaultdict(list)
-    first = 0
-    for source in corpus.sources:
-        split = source.train
-        copies = np.asarray(split.copies)
-        for place in np.flatnonzero(split.lengths - 2 >= tokens).tolist():
-            found[stratum_of(int(copies[place]))].append(first + place)
-        first += split.num_documents
+    for first, times in sorted(zip(firsts.tolist(), occurrences.tolist())):
+        if lengths[first] - 2 >= tokens:
+            found[stratum_of(times)].append(first)
     return {name: found[name] for name, _, _ in STRATA if name in found}
 
 

@@ -4,6 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 Result = dict[str, Any]
+OTHER_DATA: dict[bool | None, list[str]] = {
+    False: [
+        "**The model's lineage names other training data than this.** What is called training text below may be text "
+        "it never saw, and what is called held-out may be text it was trained on."
+    ],
+    None: ["The model's lineage does not say what it was trained on; that it is this data is taken on trust."],
+}
 
 
 def render(audit: dict[str, Any], load_shares: list[dict[str, Any]]) -> str:
@@ -15,6 +22,7 @@ def render(audit: dict[str, Any], load_shares: list[dict[str, Any]]) -> str:
         f"Suite `{audit['suite']}`, data `{audit['data']}`, context {audit['context']} tokens, seed {config['seed']}, "
         f"{audit['seconds']} s. Brackets are {config['confidence']:.0%} intervals over documents.",
         f"```\n{audit['command']}\n```",
+        *OTHER_DATA.get(audit["trained_on_data"], []),
         "## Bits per byte on held-out text",
         "Lower is better. `all` weighs the kinds as they were read here, not as they occur in the corpus.",
         table(["kind", "bits per byte", "documents"], [
@@ -23,7 +31,7 @@ def render(audit: dict[str, Any], load_shares: list[dict[str, Any]]) -> str:
         "## Verbatim extraction of training text",
         f"Given {config['prefix_tokens']} tokens of a passage, does greedy decoding reproduce the next "
         f"{config['suffix_tokens']}? Held-out passages show what is merely predictable; only the excess over them "
-        "speaks of memory. Copies are occurrences in the corpus before duplicates were dropped.",
+        "speaks of memory. Copies are exact occurrences in the corpus, those included that curation dropped.",
         extraction_table(results),
         *routing_parts(results, load_shares),
         "## What this does not show",

@@ -41,6 +41,7 @@ class Audit:
     suite: str
     model: str
     data: str  # fingerprint of the corpus
+    trained_on_data: bool | None  # whether the model's lineage names this corpus; None where it names none
     context: int
     config: AuditConfig
     command: str
@@ -54,6 +55,7 @@ class Audit:
             "suite": self.suite,
             "model": self.model,
             "data": self.data,
+            "trained_on_data": self.trained_on_data,
             "context": self.context,
             "config": to_dict(self.config),
             "command": self.command,
@@ -116,6 +118,9 @@ def run_suite(
         suite=suite,
         model=opened.name,
         data=corpus.fingerprint,
+        trained_on_data=None
+        if (own := opened.lineage.get("parents", {}).get("data")) is None
+        else own == corpus.fingerprint,
         context=context,
         config=config,
         command=command,

@@ -16,7 +16,7 @@ from trinity.base.errors import UsageError
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder or a run folder")
     parser.add_argument("--suite", default="base", metavar="NAME", help="which probes to run (default: base)")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the token or mix folder the model was trained on")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the token or mix folder it was trained on")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where results.json and report.md go")
     parser.add_argument("--context", type=int, metavar="N", help="tokens read at once (default: the model's limit)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
@@ -30,7 +30,8 @@ def audit(options: argparse.Namespace) -> None:
     from trinity.config.load import override
 
     config = override(AuditConfig(), options.settings)
-    if options.data is None:
+    data = options.data or Path(options.model) / "data"  # a run on the embedded text holds it
+    if options.data is None and not data.is_dir():
         raise UsageError(
             f"Suite '{options.suite}' compares training text with held-out text and was given neither.",
             "Name the token folder the model was trained on with --data.",
@@ -42,9 +43,9 @@ def audit(options: argparse.Namespace) -> None:
     from trinity.data.mix import open_corpus
 
     refuse_other_folder(options.out)
-    corpus = open_corpus(options.data)
+    corpus = open_corpus(data)
     opened = open_model(options.model)
-    command = shlex.join(["trinity", "audit", options.model, "--suite", options.suite, "--data", str(options.data),
+    command = shlex.join(["trinity", "audit", options.model, "--suite", options.suite, "--data", str(data),
                           *(f"--context={n}" for n in [options.context] if n), "--out", str(options.out),
                           *(part for setting in options.settings for part in ("--set", setting))])  # fmt: skip
     with Watching() as watching:
