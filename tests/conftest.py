@@ -119,3 +119,11 @@ def _record_run(folder: Path, steps: int, *settings: str) -> Path:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "metrics.jsonl").write_text(text + 'null\n"text"\n{"kind": "step", "st')
     return folder
+
+
+@pytest.fixture(scope="session")
+def debug_data(tmp_path_factory) -> Path:
+    """The embedded corpus as the `debug` recipe reads it: token folder, vocabulary of 512."""
+    from trinity.data.embedded import embedded_corpus
+
+    return embedded_corpus(tmp_path_factory.mktemp("embedded") / "tokens", 512)

@@ -1,8 +1,8 @@
 """Trinity: own a frontier-style sparse language model.
 
-    import trinity
-    m = trinity.load("path/to/model")
-    m.generate("def fibonacci(n):", max_new_tokens=64).text
+import trinity
+m = trinity.load("path/to/model")
+m.generate("def fibonacci(n):", max_new_tokens=64).text
 """
 
 from typing import TYPE_CHECKING

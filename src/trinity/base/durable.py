@@ -129,19 +129,22 @@ def seal(folder: Path, ignore: tuple[str, ...] = ()) -> None:
 def unsealed_differences(folder: Path, ignore: tuple[str, ...] = ()) -> list[str]:
     """What differs from the manifest, one sentence a file; empty when every byte is as it was sealed."""
     try:
-        promised = json.loads((folder / MANIFEST).read_text())["files"]
+        promised = {
+            name: (entry["sha256"], entry["bytes"])
+            for name, entry in json.loads((folder / MANIFEST).read_text())["files"].items()
+        }
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST} is not a manifest"]
     differences = []
-    for name, entry in promised.items():
+    for name, (sha256, size) in promised.items():
         path = folder / name
         if not path.is_file():
             differences.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            differences.append(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-        elif sha256_file(path) != entry["sha256"]:
+        elif path.stat().st_size != size:
+            differences.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
+        elif sha256_file(path) != sha256:
             differences.append(f"{name} was altered (sha256 differs)")
     extra = set(listed_files(folder, ignore)) - set(promised)
     return differences + [f"{name} is not in the manifest" for name in sorted(extra)]

@@ -54,6 +54,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("folder", type=Path, metavar="DIR")
     inspect.add_argument("--verify", action="store_true", help="read and hash every byte first")
     inspect.set_defaults(action=run_inspect)
+    questions = add_step(steps, "questions", "make question and answer pairs from docstrings", "--out data/questions")
+    questions.add_argument("--out", required=True, type=Path, help="folder for train.jsonl and heldout.jsonl")
+    questions.set_defaults(action=run_questions)
     for step in steps.choices.values():
         step.add_argument("--json", action="store_true", help="print the result as JSON")
     rewrite.configure(
@@ -117,6 +120,14 @@ def run_ingest(options: argparse.Namespace) -> None:
     if summary.ignored:
         lines.append(f"files of other kinds: {reasons(summary.ignored)}")
     say(asdict(summary), options.json, lines)
+
+
+def run_questions(options: argparse.Namespace) -> None:
+    from trinity.data.questions import write_questions
+
+    counts = write_questions(options.out)
+    lines = [f"{counts['train']:,} pairs in {options.out / 'train.jsonl'}, {counts['heldout']:,} held out"]
+    say({"out": str(options.out), **counts}, options.json, lines)
 
 
 def run_curate(options: argparse.Namespace) -> None:

@@ -52,7 +52,17 @@ def show_help() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
+    """Carry out one command line; the exit code. A reader that goes away (`| head`) ends it quietly."""
+    try:
+        code = dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         show_help()
         return 0 if arguments else 2
@@ -82,7 +92,6 @@ def run_command(name: str, arguments: list[str]) -> int:
         module.configure(parser)
         options = parser.parse_args(arguments)
         options.action(options)
-        sys.stdout.flush()
     except TrinityError as error:
         print(f"trinity {name}: {error}", file=sys.stderr)
         return error.exit_code
@@ -90,8 +99,7 @@ def run_command(name: str, arguments: list[str]) -> int:
         print(f"\ntrinity {name}: interrupted. What was saved stays; the same command again goes on.", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        raise
     except Exception as error:
         if os.environ.get("TRINITY_TRACEBACK"):
             raise

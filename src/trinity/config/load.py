@@ -84,7 +84,7 @@ def _literal(text: str, hint: Any) -> Any:
         return text
     if hint is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if hint is int and text[-1:].isalpha():
+    if hint is int and text[:1].isdigit() and text[-1:].isalpha():
         return parse_count(text)
     try:
         return ast.literal_eval(text)

@@ -1,6 +1,8 @@
 """What a run does besides stepping: log, evaluate, sample, save. Each duty is due every so many tokens."""
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,9 @@ from trinity.base.run import MetricsLog
 from trinity.ckpt.folder import PRE_ANNEAL, point_to, prune
 from trinity.config.run import RunConfig
 from trinity.data.heldout import heldout_documents
+from trinity.data.mix import HeldoutDocument
 from trinity.model.generate import continue_greedily
+from trinity.text.tokenizer import Tokenizer
 from trinity.train.evaluate import score_documents, total
 from trinity.train.state import TrainState
 from trinity.train.step import Measured
@@ -35,13 +39,19 @@ class Progress(NamedTuple):
 class Duties:
     """The duties of one run. `say` receives sentences for people (incidents, samples, saves)."""
 
-    def __init__(self, run: Path, data: Path, config: RunConfig, resume_step: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run: Path,
+        data: Path,
+        tokenizer: Tokenizer,
+        config: RunConfig,
+        resume_step: int,
+        say: Callable[[str], None],
+    ) -> None:
         self.run, self.config, self.say = run, config, say
         self.metrics = MetricsLog(run, resume_step)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
-        self.heldout = [
-            (list(document.ids), document.bytes) for document in heldout_documents(data, config.train.evaluate_bytes)
-        ]
+        self.heldout = within(heldout_documents(data), config.train.evaluate_bytes, tokenizer)
         self.bits_per_byte: float | None = None
 
     def log_step(self, state: TrainState, measured: Measured, rates: tuple[float, float], seconds: float) -> Progress:
@@ -93,7 +103,9 @@ class Duties:
         self.say(f"step {step}: {what} -> {action}")
 
     def evaluate(self, state: TrainState) -> None:
-        """Bits per byte on held-out text, and a short sample."""
+        """Bits per byte on held-out text, and a short sample. A corpus without held-out text has neither."""
+        if not self.heldout:
+            return
         state.model.eval()
         score = total(score_documents(state.model, self.heldout, self.config.data.sequence_length))
         state.model.train()
@@ -139,3 +151,20 @@ class Duties:
 def due(every: int, before: int, after: int) -> bool:
     """Whether a multiple of `every` tokens lies in (before, after]."""
     return every > 0 and after // every > before // every
+
+
+def within(documents: Iterable[HeldoutDocument], budget: int, tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
+    """(ids with begin and end token, UTF-8 bytes) of the first documents, the last one cut to keep to the budget."""
+    chosen, left = [], budget
+    for document in documents:
+        ids, size = [int(token) for token in document.ids], document.bytes
+        if size > left:
+            ends = list(accumulate(len(tokenizer.piece(token)) for token in ids[1:-1]))
+            fitting = bisect_right(ends, left)
+            ids, size = ids[: 1 + fitting] + ids[-1:], ends[fitting - 1] if fitting else 0
+        if size:
+            chosen.append((ids, size))
+        left -= size
+        if size < document.bytes or left <= 0:
+            break
+    return chosen

@@ -15,6 +15,8 @@ import torch
 from trinity.model.loss import IGNORED, token_nats
 from trinity.model.transformer import Transformer
 
+_TOKENS_AT_ONCE = 4096
+
 
 class Score(NamedTuple):
     nats: float
@@ -32,10 +34,9 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def score_documents(
-    model: Transformer, documents: Iterable[tuple[Sequence[int], int]], row_length: int, rows: int = 8
-) -> list[Score]:
+def score_documents(model: Transformer, documents: Iterable[tuple[Sequence[int], int]], row_length: int) -> list[Score]:
     """Score (token ids with begin and end token, UTF-8 bytes of the text) documents, one Score each."""
+    rows = max(1, _TOKENS_AT_ONCE // row_length)
     nats: list[float] = []
     lengths: list[tuple[int, int]] = []
     pending: list[tuple[int, list[int], list[int]]] = []  # (document, inputs, targets), rows of at most row_length

@@ -36,7 +36,7 @@ def train(
     """
     with only_user_of(run):
         state = prepare(config, data, run, say)
-        duties = Duties(run, data, config, state.step, say)
+        duties = Duties(run, data, state.loader.tokenizer, config, state.step, say)
         try:
             if state.tokens >= config.train.tokens:
                 say(f"{run} is complete at {state.tokens:,} tokens; nothing to do.")

@@ -1,0 +1,71 @@
+"""Question and answer pairs from the standard library's docstrings: conversations for a first fine-tuning.
+
+Two questions a documented function, class or method: what it does (the first paragraph of its docstring) and how it is
+called (its signature). A twentieth of the names, chosen by hash, goes to a held-out file with both their questions.
+"""
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from trinity.base.durable import folder_aside, sha256_text
+from trinity.base.lineage import write_lineage
+from trinity.data.stdlib import library_files, library_folder, module_name, parsed
+
+HELDOUT_IN = 20
+LONGEST_ANSWER = 400  # characters; a longer first paragraph is left out rather than cut in the middle of a thought
+
+
+class Pair(NamedTuple):
+    name: str
+    question: str
+    answer: str
+
+    def as_line(self) -> str:
+        messages = [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
+        return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+
+
+def write_questions(out: Path) -> dict[str, int]:
+    """Write train.jsonl and heldout.jsonl into the folder `out`; returns the number of pairs of each."""
+    counts = {"train": 0, "heldout": 0}
+    with (
+        folder_aside(out) as aside,
+        (aside / "train.jsonl").open("w") as train,
+        (aside / "heldout.jsonl").open("w") as held,
+    ):
+        for pair in docstring_pairs():
+            side = "heldout" if int(sha256_text(pair.name)[:8], 16) % HELDOUT_IN == 0 else "train"
+            (held if side == "heldout" else train).write(pair.as_line())
+            counts[side] += 1
+        write_lineage(aside, "conversations", {"source": "stdlib"}, {"command": "data questions"})
+    return counts
+
+
+def docstring_pairs() -> Iterator[Pair]:
+    """Every pair of the library, in the order of modules and lines."""
+    for name, _ in library_files():
+        if name.startswith("_"):  # private modules answer nobody's question
+            continue
+        source = (library_folder() / name).read_bytes().decode("utf-8", "replace")
+        try:
+            tree = parsed(source)
+        except SyntaxError:
+            continue
+        yield from _pairs_inside(tree, module_name(name))
+
+
+def _pairs_inside(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[Pair]:
+    for node in parent.body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
+            continue
+        name = f"{prefix}.{node.name}"
+        paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+        if paragraph and len(paragraph) <= LONGEST_ANSWER:
+            yield Pair(name, f"What does {name} do?", paragraph)
+            if not isinstance(node, ast.ClassDef):
+                yield Pair(name, f"How is {name} called?", f"{name}({ast.unparse(node.args)})")
+        if isinstance(node, ast.ClassDef):
+            yield from _pairs_inside(node, name)

@@ -1,0 +1,137 @@
+"""What the guard does about spikes and non-finite values, on the guard alone and in a real run."""
+
+import math
+
+import pytest
+import torch
+
+from trinity.base.errors import StorageError, TrainingHalted
+from trinity.base.run import read_lines
+from trinity.config.load import override
+from trinity.config.train import TrainConfig
+from trinity.recipes.table import recipe
+from trinity.train import loop
+from trinity.train.guard import Guard
+
+
+def config(**changes) -> TrainConfig:
+    return TrainConfig(**{"tokens": 1, "batch_tokens": 1, "microbatch_rows": 1, **changes})
+
+
+def settled(guard: Guard) -> Guard:
+    for step in range(20):
+        assert guard.judge(3.0 + 0.01 * (step % 2), 1.0).action == "update"
+    return guard
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback", "stop"])
+def test_non_finite_values_and_spikes_lead_to_the_stated_action(action):
+    for loss, norm in ((math.nan, 1.0), (math.inf, 1.0), (3.0, math.nan)):
+        assert settled(Guard(config(nonfinite_action=action))).judge(loss, norm).action == action
+    guard = settled(Guard(config(spike_action=action)))
+    verdict = guard.judge(9.0, 1.0)
+    assert verdict.action == action and "9.000" in verdict.reason
+    assert guard.judge(3.0, 1.0).action == "update", "one spike does not poison what counts as normal"
+
+
+def test_early_losses_and_a_switched_off_guard_are_left_alone():
+    assert Guard(config()).judge(1000.0, 1.0).action == "update"
+    assert settled(Guard(config(spike_sigmas=0.0))).judge(1000.0, 1.0).action == "update"
+
+
+def test_incidents_in_a_row_end_the_run():
+    guard = settled(Guard(config(max_incidents=3)))
+    assert [guard.judge(math.nan, 1.0).action for _ in range(3)] == ["skip", "skip", "stop"]
+
+
+def test_state_survives_a_round_trip():
+    guard = settled(Guard(config()))
+    other = Guard(config())
+    other.load_state(guard.state())
+    assert other.judge(9.0, 1.0) == guard.judge(9.0, 1.0)
+
+
+class Poison:
+    """Makes the losses of chosen steps NaN, as a broken batch would."""
+
+    def __init__(self, monkeypatch, calls: set[int]) -> None:
+        self.count = 0
+        original = loop.accumulate
+
+        def poisoned(state, batches, run_config):
+            measured = original(state, batches, run_config)
+            self.count += 1
+            return measured._replace(loss=math.nan) if self.count in calls else measured
+
+        monkeypatch.setattr(loop, "accumulate", poisoned)
+
+
+def run_config(*settings: str):
+    common = ["train.tokens=12K", "train.save_every_tokens=3072", "train.evaluate_bytes=500", "train.sample_tokens=0",
+              "train.evaluate_every_tokens=0", "optim.decay_tokens=2K", "optim.warmup_tokens=1K"]  # fmt: skip
+    return override(recipe("debug"), [*common, *settings])
+
+
+def run(debug_data, folder, *settings):
+    said = []
+    state = loop.train(run_config(*settings), debug_data, folder, said.append, lambda _: None)
+    return state, said, list(read_lines(folder / "metrics.jsonl"))
+
+
+def test_a_poisoned_step_is_skipped_and_logged(debug_data, tmp_path, monkeypatch):
+    Poison(monkeypatch, {5})
+    state, said, lines = run(debug_data, tmp_path / "run")
+    guard = [line for line in lines if line["kind"] == "guard"]
+    assert [(line["step"], line["action"]) for line in guard] == [(5, "skip")]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]
+    assert state.step == 12 and any("nan" in sentence for sentence in said)
+    assert all(torch.isfinite(parameter).all() for parameter in state.model.parameters())
+
+
+def test_a_rollback_returns_to_the_newest_checkpoint_and_never_rereads_the_data(debug_data, tmp_path, monkeypatch):
+    Poison(monkeypatch, {8})
+    state, said, lines = run(debug_data, tmp_path / "run", "train.nonfinite_action=rollback")
+    assert any("rolled back to step 6" in sentence for sentence in said)
+    assert state.step == 12 and state.tokens == 12 * 1024
+    served = 13 * 1024  # 12 steps and the poisoned one, plus step 7, whose update was lost with the weights
+    fresh = loop.Loader(debug_data, run_config().data, 0)
+    for _ in range((served + 1024) // (128 * 4)):
+        fresh.next_batch(4)
+    assert fresh.state() == state.loader.state()
+
+
+def test_a_stop_says_why_and_leaves_the_last_checkpoint_whole(debug_data, tmp_path, monkeypatch):
+    Poison(monkeypatch, {8})
+    with pytest.raises(TrainingHalted, match=r"step 8: loss nan"):
+        run(debug_data, tmp_path / "run", "train.nonfinite_action=stop")
+    said = []
+    assert loop.newest_good(tmp_path / "run", said.append).name == "step-00000006" and not said
+
+
+def test_a_rollback_without_a_checkpoint_stops(debug_data, tmp_path, monkeypatch):
+    Poison(monkeypatch, {2})
+    with pytest.raises(TrainingHalted, match="no checkpoint to roll back to"):
+        run(debug_data, tmp_path / "run", "train.nonfinite_action=rollback")
+
+
+def test_a_full_disk_while_saving_loses_nothing(debug_data, tmp_path, monkeypatch):
+    import errno
+
+    from trinity.ckpt import folder
+
+    original, calls = folder.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 3:  # the second checkpoint's weights
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, path)
+
+    monkeypatch.setattr(folder, "save_file", full)
+    with pytest.raises(StorageError, match="disk is full"):
+        run(debug_data, tmp_path / "run")
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == ["latest", "step-00000003"], "the first checkpoint is whole, nothing half written is left"
+    monkeypatch.setattr(folder, "save_file", original)
+    state, said, _ = run(debug_data, tmp_path / "run")
+    assert state.step == 12 and any("resuming" in sentence and "step 3" in sentence for sentence in said)

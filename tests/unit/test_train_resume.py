@@ -1,0 +1,182 @@
+"""kill -9 at any moment, the same command again: bit-identical weights. Damaged checkpoints are named, not used."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trinity.base.run import read_lines
+
+SETTINGS = ["train.tokens=24K", "train.save_every_tokens=4096", "train.evaluate_every_tokens=12288",
+            "optim.decay_tokens=8K", "train.evaluate_bytes=2000", "train.sample_tokens=4", "data.sequence_length=64",
+            "train.batch_tokens=1024", "train.microbatch_rows=8"]  # fmt: skip
+LAST = "step-00000023"
+
+
+def command(data: Path, run: Path, *more: str) -> list[str]:
+    settings = [word for setting in (*SETTINGS, *more) for word in ("--set", setting)]
+    return [
+        sys.executable,
+        "-m",
+        "trinity.cli.main",
+        "train",
+        "debug",
+        "--data",
+        str(data),
+        "--out",
+        str(run),
+        *settings,
+    ]
+
+
+def finish(data: Path, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(data, run, *more), capture_output=True, text=True, timeout=240)
+
+
+def weights_of(run: Path) -> str:
+    last = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
+
+
+def start_and_kill(data: Path, run: Path, moment) -> bool:
+    """Start the command and SIGKILL it once `moment(run)` holds; False when it ended before."""
+    process = subprocess.Popen(command(data, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < deadline:
+            if moment(run):
+                process.send_signal(signal.SIGKILL)
+                return True
+            time.sleep(0.001)
+        return False
+    finally:
+        process.kill()
+        process.wait()
+
+
+def metric_lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def after_lines(count: int):
+    return lambda run: metric_lines(run) >= count
+
+
+def while_saving(run: Path) -> bool:
+    return any((run / "checkpoints").glob(".step-*.writing-*/model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(debug_data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    done = finish(debug_data, run)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_killed_runs_end_in_the_weights_of_the_unbroken_one(debug_data, unbroken, tmp_path):
+    run = tmp_path / "run"
+    for moment in (after_lines(2), while_saving, after_lines(17)):
+        start_and_kill(debug_data, run, moment)
+    done = finish(debug_data, run)
+    assert done.returncode == 0, done.stderr
+    assert weights_of(run) == weights_of(unbroken)
+    figures = [
+        [
+            {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+            for line in read_lines(r / "metrics.jsonl")
+        ]
+        for r in (run, unbroken)
+    ]
+    assert figures[0] == figures[1], "the log of the killed run is that of the unbroken one"
+    assert not list((run / "checkpoints").glob(".*")), "nothing half written is left behind"
+    again = finish(debug_data, run)
+    assert again.returncode == 0 and "nothing to do" in again.stderr
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(debug_data, unbroken, tmp_path):
+    chance = random.Random(0)
+    for number in range(20):
+        run = tmp_path / f"run{number % 4}"
+        delay = chance.uniform(0.5, 6.0)
+        started = time.monotonic()
+        start_and_kill(debug_data, run, lambda _: time.monotonic() - started > delay)  # noqa: B023
+    for number in range(4):
+        done = finish(debug_data, tmp_path / f"run{number}")
+        assert done.returncode == 0, done.stderr
+        assert weights_of(tmp_path / f"run{number}") == weights_of(unbroken)
+
+
+def damaged_copy(unbroken: Path, tmp_path: Path, damage) -> Path:
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    damage(run / "checkpoints" / LAST)
+    return run
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 1000)
+
+
+def flip_a_byte(folder: Path) -> None:
+    path = folder / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def lose_a_file(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [(truncate, "model.safetensors has 1000 bytes"), (flip_a_byte, "optimizer.safetensors was altered"),
+     (lose_a_file, "state.json is missing")],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(debug_data, unbroken, tmp_path, damage, named):
+    run = damaged_copy(unbroken, tmp_path, damage)
+    done = finish(debug_data, run)
+    assert done.returncode == 0, done.stderr
+    assert named in " ".join(done.stderr.split()) and LAST in done.stderr.replace("\n", "")
+    assert weights_of(run) == weights_of(unbroken)
+
+
+def test_other_settings_on_the_same_folder_are_refused(debug_data, unbroken):
+    done = finish(debug_data, unbroken, "optim.muon_lr=0.5")
+    assert done.returncode == 2
+    assert "optim.muon_lr: 0.02 -> 0.5" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_in_use_is_refused(debug_data, tmp_path):
+    run = tmp_path / "run"
+    first = subprocess.Popen(command(debug_data, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not metric_lines(run) and first.poll() is None:
+            time.sleep(0.01)
+        second = finish(debug_data, run)
+        assert first.poll() is not None or (second.returncode == 2 and "another process" in second.stderr)
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_data_that_changed_is_refused(debug_data, unbroken, tmp_path):
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(unbroken, run)
+    shutil.copytree(debug_data, data)
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["files"]["extra"] = {"sha256": "0" * 64, "bytes": 0}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    done = finish(data, run)
+    assert done.returncode == 1 and "data" in done.stderr and "Traceback" not in done.stderr
