@@ -13,7 +13,8 @@ from trinity.recipes.table import recipe
 from trinity.train import loop
 
 BASE = ["train.tokens=6K", "train.batch_tokens=1024", "train.save_every_tokens=2048", "train.sample_tokens=4",
-        "train.evaluate_every_tokens=3072", "train.evaluate_bytes=3000", "optim.warmup_tokens=2K", "optim.decay_tokens=2K",
+        "train.evaluate_every_tokens=3072", "train.evaluate_bytes=3000",
+        "optim.warmup_tokens=2K", "optim.decay_tokens=2K",
         "train.microbatch_rows=4", "optim.decay=cosine", "balance.sequence_loss=0.01", "balance.z_loss=0.001",
         "optim.adamw_weight_decay=0.1", "optim.clip_norm=0.5"]  # fmt: skip
 
