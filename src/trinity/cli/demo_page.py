@@ -26,26 +26,26 @@ def write_demo_page(out: Path, page: Path, answers: Sequence, seconds: dict[str,
         KeyFigure(value=f"{model:.3f}", label="bits per byte", note=f"xz -9e {xz:.3f}, gzip -9 {gzip:.3f}"),
         *[figure for figure in key_figures(run) if "bits per byte" not in figure.label],
     ]
-    sections = [
-        Section(heading="What happened", prose=STORY.format(headline=headline), tables=[step_table(seconds)]),
-        *sections_of_run(run, files),
-        Section(
-            heading="Asked through the server",
-            prose="Both requests went through the OpenAI-compatible API of `trinity serve`, greedy.",
-            samples=[
-                CodeSample(title=f"{answer.seconds:.1f} s", prompt=answer.request, text=answer.text)
-                for answer in answers
-            ],
+    told = {section.heading: section for section in sections_of_run(run, files)}
+    asked = Section(
+        heading="Asked through the server",
+        prose="Both requests went through the OpenAI-compatible API of `trinity serve`, greedy.",
+        samples=[
+            CodeSample(title=f"{answer.seconds:.1f} s", prompt=answer.request, text=answer.text) for answer in answers
+        ],
+    )
+    audits = Section(
+        heading="Audits",
+        prose=(
+            "The same probes on the TrueBase and on the fine-tuned model. Brackets are 95% intervals. "
+            "The whole reports lie in the audit folders."
         ),
-        Section(
-            heading="Audits",
-            prose=(
-                "The same probes on the TrueBase and on the fine-tuned model. Brackets are 95% intervals. "
-                "The whole reports lie in the audit folders."
-            ),
-            tables=audit_tables(out),
-        ),
-    ]
+        tables=audit_tables(out),
+    )
+    steps = step_table(seconds)
+    sections = [Section(heading="What happened", prose=STORY.format(headline=headline)), told.pop("Learning"), asked]
+    sections += [told.pop(heading) for heading in ("Experts", "Samples") if heading in told]
+    sections += [audits, *told.values(), Section(heading="Commands", tables=[steps] if steps.rows else [])]
     write_page(page, "From raw text to a served model", sections, subtitle(run), figures)
     save_figures(out, files, headline)
     return headline

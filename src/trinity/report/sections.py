@@ -8,6 +8,7 @@ from trinity.report.compressors import FileBits
 from trinity.report.page import CodeSample, Drawing, KeyFigure, Section, Table
 from trinity.report.read import Row, RunRecord
 
+_BARS = 12  # most files drawn beside the compressors
 _HEATMAPS = 4  # most heatmaps shown; of more layers, these are spread over the depth
 
 
@@ -87,8 +88,8 @@ def _learning(run: RunRecord, files: Sequence[FileBits]) -> Section:
         figures.append(
             Drawing(
                 title="Beside the usual compressors",
-                svg=plots.compressor_bars(list(files)),
-                caption="The same held-out files under the model, xz -9e and gzip -9.",
+                svg=plots.compressor_bars(sorted(files, key=lambda file: -file.bytes)[:_BARS]),
+                caption="The largest held-out files under the model, xz -9e and gzip -9; the table has all of them.",
                 wide=True,
             )
         )
