@@ -29,13 +29,14 @@ FLIPS: dict[str, str] = {
     "balance.rule": "sign", "balance.smebu_beta": "0.9",
     "data.buffer_documents": "3", "data.sequence_length": "64",
     "train.seed": "1", "train.batch_tokens": "2048", "train.microbatch_rows": "8", "train.tokens": "8K",
-    "train.sample_tokens": "0", "train.evaluate_bytes": "9000",
+    "train.sample_tokens": "0", "train.save_every_tokens": "0", "train.evaluate_bytes": "9000",
 }  # fmt: skip
 
 # Knobs that a healthy run of six steps cannot show, and where they are shown instead.
 ELSEWHERE = {
     "name": "a label; it is written into lineage.json",
     "model.max_position_embeddings": "a bound: tests/unit/test_config_loading.py refuses longer rows",
+    "data.intra_document_mask": "few rows of a short run hold two documents: tests/unit/test_data_loader.py",
     "balance.sign_gamma": "read by the sign rule alone: tests/unit/test_balance_rules.py",
     "train.spike_sigmas": "tests/unit/test_train_guard.py",
     "train.spike_action": "tests/unit/test_train_guard.py",

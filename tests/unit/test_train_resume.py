@@ -18,7 +18,7 @@ from trinity.base.run import read_lines
 SETTINGS = ["train.tokens=24K", "train.save_every_tokens=4096", "train.evaluate_every_tokens=12288",
             "optim.decay_tokens=8K", "train.evaluate_bytes=2000", "train.sample_tokens=4", "data.sequence_length=64",
             "train.batch_tokens=1024", "train.microbatch_rows=8"]  # fmt: skip
-LAST = "step-00000023"
+LAST = "step-00000024"
 
 
 def command(data: Path, run: Path, *more: str) -> list[str]:

@@ -24,7 +24,8 @@ class MetricsLog:
     def __init__(self, run: Path, resume_step: int) -> None:
         self.path = run / METRICS
         if self.path.exists():
-            kept = [line for line in read_lines(self.path) if line.get("step", 0) <= resume_step]
+            # A run that begins anew (resume_step 0) keeps nothing: it will write its first evaluation again.
+            kept = [line for line in read_lines(self.path) if 0 < resume_step >= line.get("step", 0)]
             write_durably(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
