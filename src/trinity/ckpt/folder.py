@@ -45,7 +45,7 @@ def save_checkpoint(
             try:
                 save_file({key: value.contiguous() for key, value in tensors.items()}, aside / file)
             except SafetensorError as error:
-                raise _storage_error(error, aside / file) from error
+                raise storage_error(error, aside / file) from error
             _compare(aside / file, tensors)
         write_json(aside / STATE, state)
     return final
@@ -61,8 +61,9 @@ def prune(run: Path, keep: int) -> None:
     folders = step_folders(run)
     for folder in folders[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
-    for leftover in (run / "checkpoints").glob(".*.writing-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for kind in ("writing", "retired"):
+        for leftover in (run / "checkpoints").glob(f".*.{kind}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def step_folders(run: Path) -> list[Path]:
@@ -80,7 +81,7 @@ def newest_good(run: Path, warn: Callable[[str], None]) -> Path | None:
         differences = unsealed_differences(folder)
         if not differences:
             return folder
-        warn(f"Checkpoint {folder} is damaged ({'; '.join(differences)}); the one before it is used.")
+        warn(f"Checkpoint {folder} is damaged ({'; '.join(differences)}) and is not used.")
     if folders:
         raise CheckpointError(
             f"Every checkpoint of {run} is damaged.", "Restore one from a copy, or start again with another --out."
@@ -88,11 +89,16 @@ def newest_good(run: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint after checking every byte against its manifest."""
+def check_checkpoint(folder: Path) -> None:
+    """Check every byte of a checkpoint against its manifest; a CheckpointError names what differs."""
     differences = unsealed_differences(folder)
     if differences:
         raise CheckpointError(f"Checkpoint {folder} is damaged: {'; '.join(differences)}.", "Use the one before it.")
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint after checking it."""
+    check_checkpoint(folder)
     return Checkpoint(
         folder, read_tensors(folder / MODEL), read_tensors(folder / OPTIMIZER), json.loads((folder / STATE).read_text())
     )
@@ -113,7 +119,7 @@ def _compare(path: Path, tensors: dict[str, Tensor]) -> None:
                 )
 
 
-def _storage_error(error: SafetensorError, path: Path) -> OSError | CheckpointError:
+def storage_error(error: SafetensorError, path: Path) -> OSError | CheckpointError:
     """safetensors hides the errno in its text; a full disk must be recognised as one."""
     if "os error 28" in str(error) or "No space left" in str(error):
         return OSError(errno.ENOSPC, "No space left on device", str(path))

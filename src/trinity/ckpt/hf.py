@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trinity.base.durable import write_json
 from trinity.base.errors import CheckpointError, ConfigError
+from trinity.ckpt.folder import storage_error
 from trinity.ckpt.names import published_tensors, slot_of
 from trinity.config.load import from_dict
 from trinity.config.model import ModelConfig
@@ -43,7 +44,9 @@ _FIXED = {
     "use_grouped_mm": True,
 }
 # Published keys that change the arithmetic: a checkpoint with another value is not the model we implement.
-_DEMANDED = ("hidden_act", "attention_bias", "tie_word_embeddings", "score_func", "route_norm", "n_group", "topk_group")
+_NO_SCALING = (None, "default")
+_DEMANDED = ("hidden_act", "attention_bias", "tie_word_embeddings", "score_func", "route_norm", "n_group", "topk_group",
+             "num_expert_groups", "num_limited_groups")  # fmt: skip
 
 
 def published_config(config: ModelConfig, dtype: torch.dtype, load_balance_coeff: float) -> dict[str, Any]:
@@ -74,13 +77,22 @@ def config_from_published(values: dict[str, Any], where: Path) -> ModelConfig:
                 f"{where}: {key} is {values[key]!r}; AFMoE has {_FIXED[key]!r}.", "It cannot be read."
             )
     rope = values.get("rope_parameters") or {}
-    if values.get("rope_scaling") or rope.get("rope_type", "default") != "default":
+    if (
+        values.get("rope_scaling")
+        or set(rope) - {"rope_type", "rope_theta"}
+        or rope.get("rope_type") not in _NO_SCALING
+    ):
         raise CheckpointError(
             f"{where} asks for RoPE scaling.", "The published Trinity models use none; it cannot be read."
         )
     known = {name: values[name] for name in [*_SHARED_KEYS, "mup_enabled"] if name in values}
     if "rope_theta" in rope:
         known["rope_theta"] = rope["rope_theta"]
+    missing = [name for name in [*_SHARED_KEYS, "mup_enabled"] if name not in known]
+    if missing:  # programs differ in what they take for granted
+        raise CheckpointError(
+            f"{where} is not a whole AFMoE configuration: it lacks {', '.join(missing)}.", "Copy the file again."
+        )
     try:
         config = from_dict(ModelConfig, known)
     except ConfigError as error:
@@ -95,12 +107,20 @@ def config_from_published(values: dict[str, Any], where: Path) -> ModelConfig:
 
 def read_published_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json.", "Name a Hugging Face folder or a run folder.")
+    return config_from_published(read_json_object(path), path)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder; a CheckpointError where it holds anything else."""
     try:
-        return config_from_published(json.loads(path.read_text()), path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no config.json.", "Name a Hugging Face folder or a run folder.") from error
+        values = json.loads(path.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}.", "Copy the file again.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a JSON object.", "Copy the file again.")
+    return values
 
 
 def read_hf(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -174,15 +194,24 @@ def write_hf(
 
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     # Views of one stack share storage, which safetensors refuses; each tensor gets its own.
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    try:
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise storage_error(error, path) from error
 
 
 def shard_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, named by its index or the single one."""
-    if (folder / INDEX).exists():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        return [folder / file for file in files]
-    return [folder / "model.safetensors"]
+    index = folder / INDEX
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    where = read_json_object(index).get("weight_map")
+    # A name with a path in it would read, and import would then miss, a file outside the folder.
+    if not isinstance(where, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in where.values()
+    ):
+        raise CheckpointError(f"{index} does not name the files of this folder.", "Copy the file again.")
+    return [folder / file for file in sorted(set(where.values()))]
 
 
 def _read_shard(path: Path) -> list[tuple[str, Tensor]]:

@@ -82,8 +82,19 @@ def check_folder(folder: Path) -> ModelConfig:
         raise CheckpointError(
             f"{folder} lacks {len(wanted)} tensors, among them {next(iter(wanted))}.", "Copy it again."
         )
-    Tokenizer.load(folder)
+    matching_tokenizer(folder, config)
     return config
+
+
+def matching_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a model folder; a CheckpointError where the model has no row for some of its ids."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer of {folder} has {tokenizer.vocab_size} entries, the model only {config.vocab_size} rows.",
+            "They do not belong together: copy the folder again.",
+        )
+    return tokenizer
 
 
 def copy_model_files(source: Path, out: Path) -> None:

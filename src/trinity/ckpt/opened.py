@@ -1,6 +1,7 @@
 """MODEL, wherever a command takes one: a Hugging Face folder, a run folder, or one checkpoint of a run."""
 
-import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import torch
 
 from trinity.base.errors import CheckpointError, UsageError
 from trinity.base.run import CONFIG
-from trinity.ckpt.folder import MODEL, STATE, newest_good, read_tensors
-from trinity.ckpt.hf import keep_precision, read_hf
+from trinity.ckpt.folder import MODEL, STATE, check_checkpoint, newest_good, read_tensors
+from trinity.ckpt.hf import keep_precision, read_hf, read_json_object
+from trinity.ckpt.model_folder import matching_tokenizer
 from trinity.config.load import from_dict
 from trinity.config.model import ModelConfig
 from trinity.model.init import build_on_meta
@@ -29,30 +31,46 @@ class OpenedModel:
     generation: dict[str, Any]  # generation_config.json, empty where there is none
     lineage: dict[str, Any]
 
+    @property
+    def ends_turns(self) -> bool:
+        """Whether generation_config.json ends an answer at <|im_end|>, as that of a fine-tuned model does."""
+        ends = self.generation.get("eos_token_id")
+        return self.tokenizer.im_end_id in (ends if isinstance(ends, list) else [ends])
 
-def open_model(path: Path | str, dtype: str = "float32") -> OpenedModel:
-    """Load a model for inference. Bad bytes, a missing file, another architecture: one clear CheckpointError."""
+
+def to_stderr(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+def open_model(path: Path | str, dtype: str = "float32", warn: Callable[[str], None] = to_stderr) -> OpenedModel:
+    """Load a model for inference. Bad bytes, a missing file, another architecture: one clear CheckpointError.
+
+    Of a run the newest good checkpoint is taken; damaged ones that were passed over are named through `warn`.
+    """
     path = Path(path)
     if dtype not in _DTYPES:
         raise UsageError(f"dtype '{dtype}' is not offered.", f"Choose one of {', '.join(_DTYPES)}.")
     if not path.is_dir():
-        raise CheckpointError(f"There is no model folder at {path}.", "Name a Hugging Face folder or a run folder.")
+        what = f"{path} is a file, not a model." if path.is_file() else f"There is no model folder at {path}."
+        raise CheckpointError(what, "Name a Hugging Face folder or a run folder.")
     if (path / STATE).exists():
-        return _open_checkpoint(path, path.parent.parent, f"{path.parent.parent.name}-{path.name}", dtype)
+        check_checkpoint(path)
+        folder = path.resolve()
+        run = folder.parent.parent
+        return _open_checkpoint(folder, run, f"{run.name}-{folder.name}", dtype)
     if (path / "checkpoints").is_dir():
-        problems: list[str] = []
-        newest = newest_good(path, problems.append)
+        newest = newest_good(path, warn)
         if newest is None:
             raise CheckpointError(f"{path} has no checkpoint yet.", "Let the training run reach its first save.")
-        return _open_checkpoint(newest, path, path.name, dtype)
-    config = json.loads((path / CONFIG).read_text()) if (path / CONFIG).exists() else {}
-    if "model_type" not in config:
+        return _open_checkpoint(newest, path, path.resolve().name, dtype)
+    if "model_type" not in _json_or_empty(path / CONFIG):
         raise CheckpointError(
             f"{path} is not a model.", "Name a Hugging Face folder or a run folder with a checkpoint."
         )
+    model = read_hf(path, _DTYPES[dtype]).eval().requires_grad_(False)
     return OpenedModel(
-        model=read_hf(path, _DTYPES[dtype]).eval().requires_grad_(False),
-        tokenizer=Tokenizer.load(path),
+        model=model,
+        tokenizer=matching_tokenizer(path, model.config),
         folder=path,
         name=path.resolve().name,
         generation=_json_or_empty(path / "generation_config.json"),
@@ -61,7 +79,7 @@ def open_model(path: Path | str, dtype: str = "float32") -> OpenedModel:
 
 
 def _open_checkpoint(folder: Path, run: Path, name: str, dtype: str) -> OpenedModel:
-    config = from_dict(ModelConfig, json.loads((folder / STATE).read_text())["model_config"])
+    config = from_dict(ModelConfig, read_json_object(folder / STATE)["model_config"])
     model = build_on_meta(config)
     state = {key: keep_precision(key, tensor, _DTYPES[dtype]) for key, tensor in read_tensors(folder / MODEL).items()}
     model.load_state_dict(state, assign=True)
@@ -76,4 +94,4 @@ def _open_checkpoint(folder: Path, run: Path, name: str, dtype: str) -> OpenedMo
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json_object(path) if path.is_file() else {}
