@@ -38,7 +38,7 @@ def read_conversations(path: Path, tokenizer: Tokenizer, sequence_length: int, s
             chat = render(json.loads(line)["messages"], tokenizer, add_generation_prompt=False)
             if not any(chat.mask[1 : sequence_length + 1]):
                 raise RequestError("no assistant turn to learn from within a row")
-        except (ValueError, KeyError, TypeError, AttributeError, RequestError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RequestError, DataError) as error:
             what = f"{path}:{number}: {_what(error)}"
             if strict:
                 raise DataError(f"{what}.", "Mend the line, or leave out --strict to skip it.") from error
@@ -47,8 +47,10 @@ def read_conversations(path: Path, tokenizer: Tokenizer, sequence_length: int, s
         cut += len(chat.tokens) > sequence_length + 1
         rendered.append(RenderedChat(chat.tokens[: sequence_length + 1], chat.mask[: sequence_length + 1]))
     if not rendered:
+        first = f"; the first skipped is {skipped[0]}" if skipped else ""
         raise DataError(
-            f"{path} holds no usable conversation ({len(skipped)} lines skipped).", "Look at its first lines."
+            f"{path} holds no usable conversation ({len(skipped)} lines skipped{first}).",
+            'Give one {"messages": [...]} with an assistant turn a line.',
         )
     return Conversations(rendered, skipped, cut)
 
@@ -56,7 +58,7 @@ def read_conversations(path: Path, tokenizer: Tokenizer, sequence_length: int, s
 def _what(error: Exception) -> str:
     if isinstance(error, KeyError):
         return "the key 'messages' or one inside a message is missing"
-    if isinstance(error, RequestError):
+    if isinstance(error, RequestError | DataError):
         return error.what.rstrip(".")
     return f"not a conversation ({error})"
 

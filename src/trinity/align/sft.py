@@ -7,6 +7,7 @@ spread its experts, and a rule that moved them would unlearn the balance of pret
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 
 from trinity.align.conversations import Conversations, as_batch, pack
 from trinity.base.durable import folder_aside, sha256_file
-from trinity.base.errors import TrainingHalted
+from trinity.base.errors import ConfigError, TrainingHalted
 from trinity.base.lineage import fingerprint, write_lineage
 from trinity.base.run import MetricsLog
 from trinity.base.seeds import named_seed
@@ -45,7 +46,7 @@ def fine_tune(
     out: Path,
     show: Callable[[SftStep], None],
 ) -> list[SftStep]:
-    """Fine-tune a copy of the model in memory and write the result to `out` as a whole, or nothing at all."""
+    """Fine-tune the opened model itself and write the result to `out` as a whole, or nothing at all."""
     rows = plan_rows(conversations, config)
     rows_per_step = config.batch_tokens // config.sequence_length
     steps = count_steps(conversations, config)
@@ -56,8 +57,7 @@ def fine_tune(
         model, OptimConfig(muon_lr=config.muon_lr, adamw_lr=config.adamw_lr, muon_weight_decay=0.0)
     )
     history = []
-    with folder_aside(out) as aside:
-        log = MetricsLog(aside, resume_step=0)
+    with folder_aside(out) as aside, closing(MetricsLog(aside, resume_step=0)) as log:
         for step in range(1, steps + 1):
             started = time.perf_counter()
             factor = rewarmed_factor((step - 0.5) / steps, config.warmup_fraction)
@@ -66,9 +66,10 @@ def fine_tune(
                 rows[(step - 1) * rows_per_step : step * rows_per_step], config.sequence_length, opened.tokenizer.pad_id
             )
             loss, grad_norm = _step(model, optimisers, batch)
-            if not math.isfinite(loss):
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise TrainingHalted(
-                    f"The loss became {loss} at step {step}.", "Lower align.muon_lr and align.adamw_lr."
+                    f"The loss became {loss:.4g} and its gradient {grad_norm:.4g} at step {step}.",
+                    "Nothing was written. Lower muon_lr and adamw_lr with --set.",
                 )
             seconds = time.perf_counter() - started
             log.write(
@@ -76,7 +77,6 @@ def fine_tune(
             )
             history.append(SftStep(step, loss))
             show(history[-1])
-        log.close()
         model.eval().requires_grad_(False)
         write_model_folder(aside, model, opened.tokenizer, torch.float32, chat=True)
         write_lineage(
@@ -90,6 +90,8 @@ def fine_tune(
 
 def plan_rows(conversations: Conversations, config: AlignConfig) -> list[list]:
     """All rows of the run, epoch after epoch, each epoch in its own order; a last part of an epoch may be short."""
+    if not 0 < config.epochs < math.inf:
+        raise ConfigError(f"align.epochs is {config.epochs}; nothing would be learnt.", "Give a number above zero.")
     rows = []
     for epoch in range(math.ceil(config.epochs)):
         generator = np.random.default_rng(named_seed(config.seed, "sft", "epoch", epoch))
@@ -97,6 +99,11 @@ def plan_rows(conversations: Conversations, config: AlignConfig) -> list[list]:
         share = min(1.0, config.epochs - epoch)
         rows += list(pack(conversations.rendered, order[: math.ceil(share * len(order))], config.sequence_length))
     return rows
+
+
+def count_learnt(conversations: Conversations, config: AlignConfig) -> int:
+    """How many of the conversations the run reads at least once: with less than one epoch a part of them."""
+    return math.ceil(min(1.0, config.epochs) * len(conversations.rendered))
 
 
 def count_steps(conversations: Conversations, config: AlignConfig) -> int:

@@ -36,7 +36,7 @@ def run_sft(options: argparse.Namespace) -> None:
     if options.out.exists():
         raise UsageError(f"{options.out} exists.", "Name a folder that does not, or remove it first.")
     from trinity.align.conversations import read_conversations
-    from trinity.align.sft import count_steps, fine_tune
+    from trinity.align.sft import count_learnt, count_steps, fine_tune
     from trinity.ckpt.opened import open_model
     from trinity.data.progress import progress
 
@@ -49,7 +49,8 @@ def run_sft(options: argparse.Namespace) -> None:
         history = fine_tune(opened, conversations, config, options.data, options.out, lambda step: advance(1))
     result = {
         "model": str(options.out),
-        "conversations": len(conversations.rendered),
+        "conversations": count_learnt(conversations, config),
+        "usable": len(conversations.rendered),
         "skipped": len(conversations.skipped),
         "cut": conversations.cut,
         "steps": len(history),
@@ -60,7 +61,8 @@ def run_sft(options: argparse.Namespace) -> None:
         print(json.dumps(result))
         return
     print(
-        f"Learnt from {result['conversations']} conversations ({result['skipped']} skipped, {result['cut']} cut) in "
-        f"{result['steps']} steps: {result['first_loss']:.3f} -> {result['last_loss']:.3f} nats per assistant token."
+        f"Learnt from {result['conversations']} of {result['usable']} conversations ({result['skipped']} lines of the "
+        f"file skipped, {result['cut']} conversations cut) in {result['steps']} steps: {result['first_loss']:.3f} -> "
+        f"{result['last_loss']:.3f} nats per assistant token."
     )
     print(f"Next: trinity chat {options.out}   |   trinity serve {options.out}")
