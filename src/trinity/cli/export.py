@@ -4,6 +4,7 @@ Example:
   trinity export runs/demo models/demo --dtype bfloat16
 
 The folder holds what other programs load: published tensor names, every router key, both RoPE forms, the tokenizer.
+A model that was fine-tuned on conversations keeps ending its turns, and the record of where it came from goes along.
 """
 
 import argparse
@@ -22,8 +23,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def export(options: argparse.Namespace) -> None:
     import torch
 
-    from trinity.base.durable import folder_aside
+    from trinity.base.durable import folder_aside, write_json
     from trinity.base.errors import UsageError
+    from trinity.base.lineage import LINEAGE
     from trinity.ckpt.model_folder import write_model_folder
     from trinity.ckpt.opened import open_model
 
@@ -31,5 +33,7 @@ def export(options: argparse.Namespace) -> None:
         raise UsageError(f"{options.out} exists.", "Name a folder that does not, or remove it first.")
     opened = open_model(options.model)
     with folder_aside(options.out) as aside:
-        write_model_folder(aside, opened.model, opened.tokenizer, getattr(torch, options.dtype))
+        write_model_folder(aside, opened.model, opened.tokenizer, getattr(torch, options.dtype), chat=opened.ends_turns)
+        if opened.lineage:
+            write_json(aside / LINEAGE, opened.lineage)
     print(f"Wrote {options.out}, a Hugging Face folder of {opened.name} in {options.dtype}.")
