@@ -29,10 +29,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def train_recipe(options: argparse.Namespace) -> None:
+    from trinity.base.errors import UsageError
     from trinity.config.load import override
     from trinity.recipes.table import recipe
 
     config = override(recipe(options.recipe), options.settings)
+    if options.out.is_file():
+        raise UsageError(f"{options.out} is a file.", "Name a folder with --out.")
     from trinity.data.embedded import embedded_corpus
     from trinity.train.display import TrainingDisplay
     from trinity.train.loop import train

@@ -47,7 +47,7 @@ class TrainingDisplay:
             self.bar.stop()
 
     def say(self, sentence: str) -> None:
-        self.console.print(sentence, markup=False)
+        self.console.print(sentence, markup=False, soft_wrap=True)
 
     def show(self, progress: StepProgress) -> None:
         now = time.monotonic()

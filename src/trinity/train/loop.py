@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from trinity.base.durable import write_json
+from trinity.base.durable import refusing_disk, write_json
 from trinity.base.errors import ConfigError, TrainingHalted, UsageError
 from trinity.base.lineage import write_lineage
 from trinity.base.run import CONFIG
@@ -113,15 +114,14 @@ def prepare(config: RunConfig, data: Path, run: Path, say: Callable[[str], None]
         )
     resolved = {"config": to_dict(config), "fingerprint": config_fingerprint(config), "data": str(data)}
     if (run / CONFIG).exists():
-        known = json.loads((run / CONFIG).read_text())
-        changes = differences(known.get("config", {}), resolved["config"])
+        known = _known_config(run / CONFIG)
+        changes = differences(known, resolved["config"])
         if changes:
             raise ConfigError(
                 f"{run} was begun with other settings: {'; '.join(changes[:5])}.",
                 "Give the same settings to resume, or another --out.",
             )
     else:
-        write_json(run / CONFIG, resolved)
         loader.tokenizer.save(run)
         write_lineage(
             run,
@@ -129,6 +129,7 @@ def prepare(config: RunConfig, data: Path, run: Path, say: Callable[[str], None]
             {"data": loader.data_fingerprint, "tokenizer": loader.tokenizer.fingerprint},
             {"recipe": config.name, "config": resolved["fingerprint"], "seed": config.train.seed},
         )
+        write_json(run / CONFIG, resolved)  # last: a run that has it has the two others
     state = TrainState.fresh(config, loader)
     newest = newest_good(run, say)
     if newest is not None:
@@ -137,10 +138,21 @@ def prepare(config: RunConfig, data: Path, run: Path, say: Callable[[str], None]
     return state
 
 
+def _known_config(path: Path) -> dict[str, Any]:
+    """The settings a run was begun with."""
+    try:
+        return dict(json.loads(path.read_bytes())["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} does not hold the settings of a run.", "Restore it from a copy, or give another --out."
+        ) from error
+
+
 @contextmanager
 def only_user_of(run: Path) -> Iterator[None]:
     """Refuse a second process on the same run folder; the lock goes with the process, however it ends."""
-    run.mkdir(parents=True, exist_ok=True)
+    with refusing_disk(run):
+        run.mkdir(parents=True, exist_ok=True)
     with (run / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
