@@ -54,9 +54,10 @@ def show_help() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Carry out one command line; the exit code. A reader that goes away (`| head`) ends it quietly."""
     try:
-        code = dispatch(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-        return code
+        try:
+            return dispatch(sys.argv[1:] if argv is None else argv)
+        finally:  # also when argparse ends the process after its help
+            sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -100,6 +101,11 @@ def run_command(name: str, arguments: list[str]) -> int:
         return 130
     except BrokenPipeError:
         raise
+    except OSError as error:
+        if os.environ.get("TRINITY_TRACEBACK"):
+            raise
+        print(f"trinity {name}: {told(error)}", file=sys.stderr)
+        return 1
     except Exception as error:
         if os.environ.get("TRINITY_TRACEBACK"):
             raise
@@ -110,6 +116,12 @@ def run_command(name: str, arguments: list[str]) -> int:
         )
         return 1
     return 0
+
+
+def told(error: OSError) -> str:
+    """What the system refused, and a remedy: such a refusal is no defect of trinity."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}. Check that path, its permissions and the free space on its disk."
 
 
 if __name__ == "__main__":
