@@ -68,5 +68,5 @@ docs: setup
 	$(BIN)/pytest -v tests/law/test_docs.py
 
 clean:
-	rm -rf demo runs build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf demo walk runs build dist .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

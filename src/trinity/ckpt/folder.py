@@ -2,10 +2,11 @@
 
     RUN/checkpoints/step-00000128/   model.safetensors, optimizer.safetensors, state.json, manifest.json
     RUN/checkpoints/pre-anneal/      the same, kept for good: what a TrueBase release is made from
-    RUN/checkpoints/latest           name of the newest checkpoint that was read back and found equal
+    RUN/checkpoints/latest           name of the newest checkpoint, for people and other programs
 
 A checkpoint is written aside, hashed, read back and compared, and only then moved into place; only after that does the
-pointer move and older ones go. A kill or a full disk at any moment leaves the previous checkpoint untouched.
+pointer move and older ones go. A kill or a full disk at any moment leaves the previous checkpoint untouched. Resuming
+trusts bytes, not the pointer: it takes the newest folder that is as its manifest says (`newest_good`).
 """
 
 import errno
@@ -52,7 +53,7 @@ def save_checkpoint(
 
 
 def point_to(run: Path, checkpoint: Path) -> None:
-    """Make a checkpoint the one a resumed run starts from."""
+    """Name a finished checkpoint as the newest one."""
     write_durably(run / "checkpoints" / LATEST, checkpoint.name + "\n")
 
 

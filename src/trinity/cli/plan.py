@@ -45,7 +45,7 @@ def figures(run: Any) -> dict[str, Any]:
         "parameters": {"total": count.total, "active": count.active,
                        "active_without_embedding_and_head": count.active_without_embedding, "parts": parts},
         "training": {"tokens": run.train.tokens, "batch_tokens": run.train.batch_tokens,
-                     "steps": -(-run.train.tokens // run.train.batch_tokens),
+                     "steps": run.steps,
                      "state_bytes_float32": training_state_bytes(run.model)},
         "weights_bytes": {"float32": 4 * count.total, "bfloat16": 2 * count.total},
         "kv_bytes_bfloat16": {str(length): cache.at(length, window) for length in lengths},

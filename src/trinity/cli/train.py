@@ -41,7 +41,7 @@ def train_recipe(options: argparse.Namespace) -> None:
     from trinity.train.loop import train
 
     data = options.data or embedded_corpus(options.out / "data", config.model.vocab_size)
-    with TrainingDisplay(config.train.tokens) as display:
+    with TrainingDisplay(config.horizon) as display:
         state = train(config, data, options.out, display.say, display.show)
     result = {"run": str(options.out), "step": state.step, "tokens": state.tokens}
     if options.json:

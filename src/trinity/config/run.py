@@ -19,6 +19,16 @@ class RunConfig:
     balance: BalanceConfig = knob("expert balancing and auxiliary losses", BalanceConfig())
     train: TrainConfig = knob("horizon, batch, cadence, guard")
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the run: train.tokens rounded up to whole steps."""
+        return -(-self.train.tokens // self.train.batch_tokens)
+
+    @property
+    def horizon(self) -> int:
+        """Tokens of all steps; the schedule ends here."""
+        return self.steps * self.train.batch_tokens
+
     def __post_init__(self) -> None:
         microbatch = self.train.microbatch_rows * self.data.sequence_length
         if self.train.batch_tokens % microbatch:
@@ -33,9 +43,9 @@ class RunConfig:
                 f"{self.model.max_position_embeddings}.",
                 "Raise model.max_position_embeddings or lower data.sequence_length.",
             )
-        if self.optim.warmup_tokens + self.optim.decay_tokens > self.train.tokens:
+        if self.optim.warmup_tokens + self.optim.decay_tokens > self.horizon:
             raise ConfigError(
                 f"Warm-up ({self.optim.warmup_tokens} tokens) and decay ({self.optim.decay_tokens}) do not fit a run "
-                f"of {self.train.tokens} tokens.",
+                f"of {self.horizon} tokens.",
                 "Shorten them or raise train.tokens.",
             )

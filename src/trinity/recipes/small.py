@@ -63,7 +63,7 @@ def demo() -> RunConfig:
             max_position_embeddings=2048,
         ),
         data=DataConfig(sequence_length=512, buffer_documents=256),
-        optim=OptimConfig(muon_lr=0.02, adamw_lr=5e-3, warmup_tokens=64 * 1024, decay_tokens=600 * 1024),
+        optim=OptimConfig(muon_lr=0.02, adamw_lr=1e-2, warmup_tokens=48 * 1024, decay_tokens=600 * 1024),
         balance=BalanceConfig(smebu_lambda=2e-3),
         train=TrainConfig(
             tokens=1536 * 1024,

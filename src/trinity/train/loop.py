@@ -39,7 +39,7 @@ def train(
         state = prepare(config, data, run, say)
         duties = Duties(run, data, state.loader.tokenizer, config, state.step, say)
         try:
-            if state.tokens >= config.train.tokens:
+            if state.tokens >= config.horizon:
                 say(f"{run} is complete at {state.tokens:,} tokens; nothing to do.")
             elif state.step == 0:
                 duties.evaluate(state)
@@ -51,8 +51,8 @@ def train(
 
 def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, show: Callable[[Progress], None]) -> None:
     microbatches = config.train.batch_tokens // (config.train.microbatch_rows * config.data.sequence_length)
-    anneal_start = config.train.tokens - config.optim.decay_tokens
-    while state.tokens < config.train.tokens:
+    anneal_start = config.horizon - config.optim.decay_tokens
+    while state.tokens < config.horizon:
         started = time.perf_counter()
         batches = [state.loader.next_batch(config.train.microbatch_rows) for _ in range(microbatches)]
         measured = accumulate(state, batches, config)
@@ -81,7 +81,7 @@ def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, sh
 
 
 def _do_duties(state: TrainState, config: RunConfig, duties: Duties, before: int, anneal_start: int) -> None:
-    done = state.tokens >= config.train.tokens
+    done = state.tokens >= config.horizon
     if done or due(config.train.evaluate_every_tokens, before, state.tokens):
         duties.evaluate(state)
     if config.optim.decay_tokens and before < anneal_start <= state.tokens:

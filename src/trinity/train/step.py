@@ -78,7 +78,7 @@ def accumulate(state: TrainState, batches: list[Batch], config: RunConfig) -> Me
 
 def learning_rates(tokens: int, config: RunConfig) -> tuple[float, float]:
     """(Muon's, AdamW's) rate of the step that ends at `tokens` tokens: the schedule at its middle, never zero."""
-    factor = rate_factor(tokens - config.train.batch_tokens / 2, config.train.tokens, config.optim)
+    factor = rate_factor(tokens - config.train.batch_tokens / 2, config.horizon, config.optim)
     return factor * config.optim.muon_lr, factor * config.optim.adamw_lr
 
 
