@@ -1,0 +1,147 @@
+"""MODEL in its three kinds, and one clear error for all that is none of them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from trinity.base.errors import CheckpointError, TrinityError, UsageError
+from trinity.base.lineage import write_lineage
+from trinity.ckpt.folder import save_checkpoint
+from trinity.ckpt.model_folder import write_model_folder
+from trinity.ckpt.opened import OpenedModel, open_model
+from trinity.config.load import to_dict
+from trinity.model.init import build_model
+from trinity.model.transformer import Transformer
+from trinity.recipes.table import recipe
+from trinity.text.tokenizer import Tokenizer
+
+
+def model_at(step: int) -> Transformer:
+    model = build_model(recipe("debug").model, step)
+    for bias in model.expert_biases():
+        bias.copy_(torch.linspace(-0.1, 0.1, len(bias)) / step)
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(debug_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """run/ with checkpoints of steps 1, 2, 3, and folder/ with the weights of step 3."""
+    place = tmp_path_factory.mktemp("models")
+    (place / "run").mkdir()
+    (place / "folder").mkdir()
+    tokenizer = Tokenizer.load(debug_data)
+    tokenizer.save(place / "run")
+    write_lineage(place / "run", "pretraining run", {"data": "d"}, {})
+    (place / "run" / "config.json").write_text(json.dumps({"config": to_dict(recipe("debug"))}))
+    config = to_dict(recipe("debug").model)
+    for step in (1, 2, 3):
+        state = {"step": step, "model_config": config}
+        save_checkpoint(place / "run", f"step-{step:08d}", model_at(step).state_dict(), {}, state)
+    write_model_folder(place / "folder", model_at(3), tokenizer, torch.float32)
+    write_lineage(place / "folder", "release", {}, {})
+    return place
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may damage."""
+    shutil.copytree(made / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def holds(opened: OpenedModel, step: int) -> None:
+    state = opened.model.state_dict()
+    for name, tensor in model_at(step).state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    assert not opened.model.training and not any(p.requires_grad for p in opened.model.parameters())
+    assert opened.tokenizer.vocab_size == 512
+
+
+def test_a_run_folder_is_its_newest_checkpoint(made: Path):
+    opened = open_model(made / "run", warn=pytest.fail)
+    holds(opened, 3)
+    assert (opened.name, opened.folder.name) == ("run", "step-00000003")
+    assert opened.lineage["kind"] == "pretraining run" and opened.generation == {} and not opened.ends_turns
+
+
+def test_a_checkpoint_folder_is_itself(made: Path, monkeypatch):
+    opened = open_model(str(made / "run" / "checkpoints" / "step-00000001"))
+    holds(opened, 1)
+    assert opened.name == "run-step-00000001" and opened.lineage["kind"] == "pretraining run"
+    monkeypatch.chdir(made / "run" / "checkpoints" / "step-00000002")
+    holds(open_model("."), 2)
+    monkeypatch.chdir(made / "run")
+    assert open_model(".").name == "run"
+
+
+def test_a_hugging_face_folder_is_its_weights(made: Path, monkeypatch):
+    opened = open_model(made / "folder")
+    holds(opened, 3)
+    assert opened.name == "folder" and opened.lineage["kind"] == "release"
+    assert opened.generation["eos_token_id"] == opened.tokenizer.eos_id
+    monkeypatch.chdir(made / "folder")
+    assert open_model(".").name == "folder"
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints/step-00000003", "folder"])
+def test_bfloat16_keeps_routing_and_norms_in_float32(made: Path, place: str):
+    state, exact = open_model(made / place, "bfloat16").model.state_dict(), model_at(3).state_dict()
+    for name, tensor in state.items():
+        precise = name.endswith(("expert_bias", "router.gate.weight", "norm.weight", "layernorm.weight"))
+        assert tensor.dtype == (torch.float32 if precise else torch.bfloat16), name
+        assert torch.equal(tensor, exact[name].to(tensor.dtype)), name
+
+
+def test_damaged_checkpoints_are_named_and_an_older_one_is_used(run: Path, capsys):
+    newest = run / "checkpoints" / "step-00000003"
+    os.truncate(newest / "model.safetensors", 1000)
+    holds(open_model(run), 2)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and str(newest) in told and "1000 bytes" in told
+    with pytest.raises(CheckpointError, match=r"step-00000003 is damaged.*Use the one before it"):
+        open_model(newest)
+    for step in (1, 2):
+        (run / "checkpoints" / f"step-0000000{step}" / "state.json").write_text("{}")
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match="Every checkpoint"):
+        open_model(run, warn=said.append)
+    assert len(said) == 3
+
+
+def refused(path: Path, what: str) -> None:
+    with pytest.raises(TrinityError) as caught:
+        open_model(path)
+    assert what in caught.value.what and caught.value.remedy
+
+
+def test_what_is_no_model_is_told_apart(made: Path, run: Path, tmp_path: Path):
+    refused(tmp_path / "nowhere", "There is no model folder at")
+    refused(made / "folder" / "config.json", "is a file, not a model")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "is not a model")
+    shutil.rmtree(run / "checkpoints")
+    refused(run, "is not a model")  # config.json alone
+    (run / "checkpoints").mkdir()
+    refused(run, "has no checkpoint yet")
+    with pytest.raises(UsageError, match="dtype 'float16' is not offered"):
+        open_model(made / "run", "float16")
+
+
+def test_broken_files_of_a_model_folder_are_named(made: Path, tmp_path: Path, tiny_model):
+    folder = tmp_path / "folder"
+    for name in ("generation_config.json", "lineage.json", "config.json"):
+        shutil.copytree(made / "folder", folder)
+        (folder / name).write_text("{")
+        refused(folder, f"{name} is not JSON")
+        (folder / name).write_text("[]")
+        refused(folder, f"{name} is not a JSON object")
+        shutil.rmtree(folder)
+    shutil.copytree(made / "folder", folder)
+    (folder / "tokenizer.json").write_text("{}")
+    refused(folder, "tokenizer.json is not a tokenizer")
+    write_model_folder(folder, tiny_model, Tokenizer.load(made / "run"), torch.float32)
+    refused(folder, "512 entries, the model only 64 rows")
