@@ -3,8 +3,8 @@
     python bench/training.py [RECIPE] [--rows 8] [--length 512] [--repeats 5]
 
 Repeats are interleaved and medians compared, since machines are shared. Both sides do forward, backward, clipping and
-the step of our Muon and AdamW; theirs runs its fastest experts mode on a CPU (grouped_mm). The machine's own float32 matmul
-rate is measured beside them; the share printed is model FLOPs (6 x active parameters + attention) over it.
+the step of our Muon and AdamW; theirs runs its fastest experts mode on a CPU (grouped_mm). The machine's own float32
+matmul rate is measured beside them; the share printed is model FLOPs (6 x active parameters + attention) over it.
 """
 
 import argparse
