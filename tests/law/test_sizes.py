@@ -14,8 +14,8 @@ CEILINGS = {
     "audit": 1000,
     "balance": 150,
     "base": 500,
-    "ckpt": 650,
-    "cli": 1400,
+    "ckpt": 750,
+    "cli": 1850,
     "config": 500,
     "data": 2950,
     "engine": 850,
@@ -27,7 +27,7 @@ CEILINGS = {
     "report": 850,
     "serve": 1400,
     "text": 450,
-    "train": 850,
+    "train": 950,
 }
 
 

@@ -54,9 +54,9 @@ def test_a_mistyped_key_is_refused_by_name(path: str, place: int, letter: str):
     [
         ("train.tokns=5", "Did you mean 'tokens'?"),
         ("trian.tokens=5", "Did you mean 'train'?"),
-        ("train.tokens=many", "'many' is not a count"),
+        ("train.tokens=many", "'train.tokens' must be int, not 'many'"),
         ("train.tokens=1.5", "must be int"),
-        ("train.tokens=true", "'true' is not a count"),
+        ("train.tokens=true", "'train.tokens' must be int, not 'true'"),
         ("train.tokens=0", "must be at least 1"),
         ("train.spike_action=explode", "cannot be 'explode'"),
         ("data.intra_document_mask=maybe", "must be bool"),
