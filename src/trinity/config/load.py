@@ -11,6 +11,11 @@ from trinity.base.lineage import fingerprint
 from trinity.base.units import parse_count
 
 Config = TypeVar("Config")
+_EXAMPLES = {
+    int: "Write a whole number, such as 4096 or 2M.",
+    float: "Write a number, such as 0.02.",
+    bool: "Write true or false.",
+}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -103,5 +108,6 @@ def _as_type(hint: Any, value: Any, where: str) -> Any:
         return int(value)
     accepted = hint if isinstance(hint, type | UnionType) else object
     if not isinstance(value, accepted) or (hint in (int, float) and isinstance(value, bool)):
-        raise ConfigError(f"'{where}' must be {getattr(hint, '__name__', hint)}, not {value!r}.", "Check the value.")
+        remedy = _EXAMPLES.get(hint, "Check the value.")
+        raise ConfigError(f"'{where}' must be {getattr(hint, '__name__', hint)}, not {value!r}.", remedy)
     return value
