@@ -3,7 +3,7 @@
 Example:
   trinity import downloads/Trinity-Nano-Base models/nano
 
-No value is changed. The copy is sealed with a manifest of sha256 sums, so later damage is found.
+No value is changed. The copy is sealed with a manifest of sha256 sums; sign it with `trinity release`.
 """
 
 import argparse

@@ -65,7 +65,12 @@ def _pairs_inside(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[Pa
         paragraph = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
         if paragraph and len(paragraph) <= LONGEST_ANSWER:
             yield Pair(name, f"What does {name} do?", paragraph)
-            if not isinstance(node, ast.ClassDef):
+            if not isinstance(node, ast.ClassDef) and not _is_read(node):
                 yield Pair(name, f"How is {name} called?", f"{name}({ast.unparse(node.args)})")
         if isinstance(node, ast.ClassDef):
             yield from _pairs_inside(node, name)
+
+
+def _is_read(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function is a property: read, not called."""
+    return any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
