@@ -33,8 +33,8 @@ def write_questions(out: Path) -> dict[str, int]:
     counts = {"train": 0, "heldout": 0}
     with (
         folder_aside(out) as aside,
-        (aside / "train.jsonl").open("w") as train,
-        (aside / "heldout.jsonl").open("w") as held,
+        (aside / "train.jsonl").open("w", encoding="utf-8") as train,
+        (aside / "heldout.jsonl").open("w", encoding="utf-8") as held,
     ):
         for pair in docstring_pairs():
             side = "heldout" if int(sha256_text(pair.name)[:8], 16) % HELDOUT_IN == 0 else "train"
