@@ -31,7 +31,9 @@ def smebu(
 
 def sign(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
     """Loss-free balancing, re-centred (Trinity Nano, Mini): bias += rate sign(mean - n_i), then minus its mean."""
-    bias = bias + rate * torch.sign(violation(counts))
+    # In integers: a float32 mean of large counts would flip the sign of small differences.
+    short = torch.sign(counts.sum(-1, keepdim=True) - counts * counts.shape[-1])
+    bias = bias + rate * short
     return bias - bias.mean(-1, keepdim=True)
 
 

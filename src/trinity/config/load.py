@@ -103,7 +103,10 @@ def _as_type(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"'{where}' cannot be {value!r}.", nearest(str(value), [str(v) for v in get_args(hint)]))
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ConfigError(f"'{where}' has {len(str(value))} digits.", _EXAMPLES[float]) from error
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     accepted = hint if isinstance(hint, type | UnionType) else object

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from trinity.base.errors import ConfigError
 from trinity.config.data import DataConfig
-from trinity.config.knob import knob
+from trinity.config.knob import Settings, knob
 from trinity.config.model import ModelConfig
 from trinity.config.optim import BalanceConfig, OptimConfig
 from trinity.config.train import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Settings):
     name: str = knob("name of the recipe this came from")
     model: ModelConfig = knob("shape of the model")
     data: DataConfig = knob("text and its order")
@@ -30,6 +30,7 @@ class RunConfig:
         return self.steps * self.train.batch_tokens
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         microbatch = self.train.microbatch_rows * self.data.sequence_length
         if self.train.batch_tokens % microbatch:
             raise ConfigError(

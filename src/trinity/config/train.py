@@ -1,31 +1,29 @@
 """TrainConfig: horizon, batch, cadence and guard of a training run. All lengths are in tokens."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from trinity.base.errors import ConfigError
-from trinity.config.knob import knob
+from trinity.config.knob import Settings, knob
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
+    section: ClassVar[str] = "train"
+
     seed: int = knob("root of every random stream of the run", 0)
-    tokens: int = knob("tokens to train on in all")
-    batch_tokens: int = knob("tokens in one optimiser step")
-    microbatch_rows: int = knob("rows in one forward and backward pass")
-    evaluate_every_tokens: int = knob("tokens between evaluations on held-out text; 0 evaluates at the end only", 0)
-    evaluate_bytes: int = knob("held-out bytes read in each evaluation", 65536)
-    sample_tokens: int = knob("tokens of the sample shown at each evaluation; 0 shows none", 64)
-    save_every_tokens: int = knob("tokens between checkpoints; 0 saves at the end only", 0)
-    keep_checkpoints: int = knob("newest checkpoints kept; the pre-anneal one is always kept", 2)
+    tokens: int = knob("tokens to train on in all", low=1)
+    batch_tokens: int = knob("tokens in one optimiser step", low=1)
+    microbatch_rows: int = knob("rows in one forward and backward pass", low=1)
+    evaluate_every_tokens: int = knob(
+        "tokens between evaluations on held-out text; 0 evaluates at the end only", 0, low=0
+    )
+    evaluate_bytes: int = knob("held-out bytes read in each evaluation; 0 reads none", 65536, low=0)
+    sample_tokens: int = knob("tokens of the sample shown at each evaluation; 0 shows none", 64, low=0)
+    save_every_tokens: int = knob("tokens between checkpoints; 0 saves at the end only", 0, low=0)
+    keep_checkpoints: int = knob("newest checkpoints kept; the pre-anneal one is always kept", 2, low=1)
     spike_sigmas: float = knob(
-        "a loss this many standard deviations above its recent mean is a spike; 0 ignores spikes", 6.0
+        "a loss this many standard deviations above its recent mean is a spike; 0 ignores spikes", 6.0, low=0
     )
     spike_action: Literal["skip", "rollback", "stop"] = knob("what a spike leads to", "skip")
     nonfinite_action: Literal["skip", "rollback", "stop"] = knob("what a non-finite loss or gradient leads to", "skip")
-    max_incidents: int = knob("incidents in a row after which the run stops in any case", 5)
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "batch_tokens", "microbatch_rows", "keep_checkpoints", "max_incidents"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}.", "It must be at least 1.")
+    max_incidents: int = knob("incidents in a row after which the run stops in any case", 5, low=1)

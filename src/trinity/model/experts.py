@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trinity.config.model import ModelConfig
@@ -61,8 +62,8 @@ class MixtureOfExperts(nn.Module):
 def grouped_matmul(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """rows[a:b] @ weights[e].T for each expert's stretch [a, b) of rows: [R, I] x [E, O, I] -> [R, O].
 
-    `ends` [E] int64 are the cumulative row counts. Falls to the loop where grouped_mm does not take the shapes
-    (its strides must be multiples of 16 bytes) or the precision.
+    `ends` [E] int64 are the cumulative row counts. Falls to the loop where grouped_mm does not take the shapes: its
+    strides must be multiples of 16 bytes.
     """
     aligned = 16 // rows.element_size()
     if rows.shape[1] % aligned or weights.shape[1] % aligned:
@@ -86,7 +87,8 @@ class GatherRows(torch.autograd.Function):
         return x.index_select(0, order // top_k)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (order,) = ctx.saved_tensors
         tokens, top_k = ctx.shape
         return grads[0].index_select(0, inverse(order)).view(tokens, top_k, -1).sum(1), None, None
@@ -103,7 +105,8 @@ class CombineRows(torch.autograd.Function):
         return torch.bmm(weights.to(rows.dtype).unsqueeze(1), back).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         back, weights, order = ctx.saved_tensors
         grad = grads[0]
         top_k = weights.shape[1]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -33,7 +34,8 @@ class NormaliseRows(torch.autograd.Function):
         return normal * weight
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         normal, scale, weight = ctx.saved_tensors
         product = grads[0] * normal
         grad_weight = product.flatten(0, -2).sum(0)
@@ -74,7 +76,8 @@ class GatePacked(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # type: ignore[override]
         (packed,) = ctx.saved_tensors
         gate, up = packed.chunk(2, dim=-1)
         grad = torch.empty_like(packed)

@@ -50,7 +50,7 @@ def sequence_balance_loss(routing: Routing, rows: int) -> Tensor:
     """
     experts, top_k = routing.scores.shape[1], routing.chosen.shape[1]
     length = routing.scores.shape[0] // rows
-    probability = (routing.scores / routing.scores.sum(-1, keepdim=True)).view(rows, length, experts).mean(1)
+    probability = (routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20)).view(rows, length, experts).mean(1)
     row = torch.arange(rows, device=routing.chosen.device).repeat_interleave(length * top_k)
     counts = torch.bincount(row * experts + routing.chosen.flatten(), minlength=rows * experts).view(rows, experts)
     frequency = counts.float() * (experts / (top_k * length))

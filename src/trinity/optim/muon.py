@@ -8,8 +8,8 @@ torch.optim.Muon (adjust_lr_fn="original") on single matrices; see tests/parity/
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,44 +41,59 @@ class Muon(Optimizer):
         """One update. Matrices of one shape are orthogonalised together, which is what keeps a CPU busy."""
         assert closure is None
         for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            by_shape: dict[tuple[int, int], list[Slice]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    update = self._nesterov(parameter, group["momentum"])
-                    by_shape[tuple(parameter.shape[-2:])].append((parameter, update))
-            for (fan_out, fan_in), pairs in by_shape.items():
+                    by_shape[parameter.shape[-2], parameter.shape[-1]] += self._slices(parameter)
+            for (fan_out, fan_in), slices in by_shape.items():
                 rate = group["lr"] * max(1.0, fan_out / fan_in) ** 0.5
-                for batch in _batches(pairs):
-                    self._apply(batch, rate, 1 - group["lr"] * group["weight_decay"])
+                for batch in _batches(slices):
+                    updates = [_nesterov(gradient, moment, group["momentum"]) for _, gradient, moment in batch]
+                    self._apply(batch, updates, rate, 1 - group["lr"] * group["weight_decay"])
 
-    def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
+    def _slices(self, parameter: Tensor) -> Iterator["Slice"]:
+        """Views of a parameter, its gradient and moment as stacks [n, fan_out, fan_in] of bounded size."""
         state = self.state[parameter]
         if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        gradient = parameter.grad
-        assert gradient is not None
-        state["momentum"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(state["momentum"], momentum)
+            state["momentum"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        assert parameter.grad is not None
+        shape = (-1, *parameter.shape[-2:])
+        stacks = (parameter.view(shape), parameter.grad.reshape(shape), state["momentum"].view(shape))
+        many = max(1, _BATCH_VALUES // stacks[0][0].numel())
+        for start in range(0, len(stacks[0]), many):
+            yield Slice(*(stack[start : start + many] for stack in stacks))
 
-    def _apply(self, pairs: list[tuple[Tensor, Tensor]], rate: float, shrink: float) -> None:
-        updates = [update.flatten(0, -3) if update.dim() > 2 else update.unsqueeze(0) for _, update in pairs]
+    def _apply(self, batch: list["Slice"], updates: list[Tensor], rate: float, shrink: float) -> None:
         orthogonal = orthogonalise(torch.cat(updates) if len(updates) > 1 else updates[0], self.steps, self.dtype)
-        for (parameter, _), part in zip(pairs, orthogonal.split([len(update) for update in updates]), strict=True):
-            parameter.mul_(shrink).sub_(part.view_as(parameter).to(parameter.dtype), alpha=rate)
+        for (weight, _, _), part in zip(batch, orthogonal.split([len(update) for update in updates]), strict=True):
+            weight.mul_(shrink).sub_(part.to(weight.dtype), alpha=rate)
 
 
-_BATCH_VALUES = 1 << 24  # values orthogonalised at once; bounds the extra memory to about four times this
+class Slice(NamedTuple):
+    """Some matrices of one parameter, each [n, fan_out, fan_in]; weight and moment are views and are moved in place."""
+
+    weight: Tensor
+    gradient: Tensor
+    moment: Tensor
 
 
-def _batches(pairs: list[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:
-    """Neighbouring parameters of one shape, joined until they hold _BATCH_VALUES values."""
-    batch: list[tuple[Tensor, Tensor]] = []
+def _nesterov(gradient: Tensor, moment: Tensor, momentum: float) -> Tensor:
+    moment.lerp_(gradient, 1 - momentum)
+    return gradient.lerp(moment, momentum)
+
+
+_BATCH_VALUES = 1 << 24  # values orthogonalised at once; bounds the extra memory to about five times this
+
+
+def _batches(slices: list[Slice]) -> Iterator[list[Slice]]:
+    """Neighbouring slices of one shape, joined while they hold at most _BATCH_VALUES values."""
+    batch: list[Slice] = []
     size = 0
-    for pair in pairs:
-        if batch and size + pair[0].numel() > _BATCH_VALUES:
+    for piece in slices:
+        if batch and size + piece.weight.numel() > _BATCH_VALUES:
             yield batch
             batch, size = [], 0
-        batch.append(pair)
-        size += pair[0].numel()
+        batch.append(piece)
+        size += piece.weight.numel()
     if batch:
         yield batch

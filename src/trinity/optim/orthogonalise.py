@@ -31,9 +31,3 @@ def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.f
         stack = polynomial @ stack
     x = stack.view(x.shape)
     return x.mT if tall else x
-
-
-def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
-    """Floating-point operations of orthogonalising one matrix."""
-    small, large = min(rows, columns), max(rows, columns)
-    return steps * (4 * small * small * large + 2 * small**3)

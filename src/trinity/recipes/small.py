@@ -68,7 +68,7 @@ def demo() -> RunConfig:
         train=TrainConfig(
             tokens=1536 * 1024,
             batch_tokens=4096,
-            microbatch_rows=8,
+            microbatch_rows=4,
             evaluate_every_tokens=256 * 1024,
             evaluate_bytes=65536,
             save_every_tokens=512 * 1024,

@@ -9,7 +9,7 @@ from trinity.data.loader import Loader
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update, learning_rates
 
-_STEPS, _UNCOUNTED = 6, 2  # the first steps pay for allocations
+_STEPS, _UNCOUNTED = 8, 2  # the first steps pay for allocations
 
 
 def tokens_per_second(config: RunConfig, data: Path) -> float:

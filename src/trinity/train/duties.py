@@ -134,6 +134,7 @@ class Duties:
 
     def save(self, state: TrainState) -> None:
         """A checkpoint, then the pointer, then the old ones go."""
+        state.guard.saved()
         point_to(self.run, state.save(self.run, f"step-{state.step:08d}", self.config))
         prune(self.run, self.config.train.keep_checkpoints)
 

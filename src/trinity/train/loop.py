@@ -99,7 +99,6 @@ def _roll_back(state: TrainState, config: RunConfig, run: Path, duties: Duties) 
             "Lower the learning rates, or set train.save_every_tokens lower.",
         )
     state.restore(read_checkpoint(checkpoint), config, keep_loader=True)
-    state.guard.rolled_back()
     duties.say(f"rolled back to step {state.step}; the data read since is not read again")
 
 

@@ -59,7 +59,7 @@ class TrainState:
         return save_checkpoint(run, name, self.model.state_dict(), optimizer, counters)
 
     def restore(self, checkpoint: Checkpoint, config: RunConfig, keep_loader: bool = False) -> None:
-        """Become the state that `checkpoint` holds. With keep_loader the data stream stays where it is (roll-back)."""
+        """Become the state that `checkpoint` holds. With keep_loader (roll-back) data and counts of incidents go on."""
         counters: dict[str, Any] = checkpoint.state
         if counters["config_fingerprint"] != config_fingerprint(config):
             raise CheckpointError(f"{checkpoint.folder} belongs to another configuration.", "Train into another --out.")
@@ -72,7 +72,9 @@ class TrainState:
         self._restore_optimisers(checkpoint)
         self.bias_momentum = checkpoint.optimizer["bias_momentum"].clone()
         self.step, self.tokens = counters["step"], counters["tokens"]
-        if not keep_loader:
+        if keep_loader:
+            self.guard.rolled_back(counters["guard"])
+        else:
             self.loader.load_state(counters["loader"])
             self.guard.load_state(counters["guard"])
 
