@@ -44,6 +44,38 @@ def test_incidents_in_a_row_end_the_run():
     assert [guard.judge(math.nan, 1.0).action for _ in range(3)] == ["skip", "skip", "stop"]
 
 
+def test_rollbacks_to_one_checkpoint_end_the_run_though_good_steps_lie_between():
+    guard = settled(Guard(config(max_incidents=3, spike_action="rollback")))
+    actions = []
+    for _ in range(3):
+        actions.append(guard.judge(9.0, 1.0).action)
+        settled(guard)
+    assert actions == ["rollback", "rollback", "stop"]
+    guard.saved()
+    assert guard.judge(9.0, 1.0).action == "rollback", "a later checkpoint begins a new count"
+
+
+def test_a_relapse_right_after_a_rollback_is_seen():
+    guard = settled(Guard(config(spike_action="rollback")))
+    checkpoint = guard.state()
+    assert guard.judge(9.0, 1.0).action == "rollback"
+    guard.rolled_back(checkpoint)
+    assert guard.judge(9.5, 1.0).action == "rollback"
+
+
+def test_a_lasting_small_rise_becomes_the_norm_and_the_guard_stays_awake():
+    guard = settled(Guard(config()))
+    assert [guard.judge(3.0 + rise, 1.0).action for rise in (0.14, 0.13, 0.15, 0.14)] == [
+        "skip", "skip", "update", "update"]  # fmt: skip
+    assert guard.judge(3.4, 1.0).action == "skip", "at the new level spikes are seen at once"
+
+
+@pytest.mark.parametrize("losses", [(9.0, 9.01, 9.0, 9.0), (3.2, 3.5, 3.8, 4.1)])
+def test_a_ruined_model_and_a_climbing_loss_are_no_new_level(losses):
+    guard = settled(Guard(config(max_incidents=4)))
+    assert [guard.judge(loss, 1.0).action for loss in losses] == ["skip", "skip", "skip", "stop"]
+
+
 def test_state_survives_a_round_trip():
     guard = settled(Guard(config()))
     other = Guard(config())
@@ -98,6 +130,17 @@ def test_a_rollback_returns_to_the_newest_checkpoint_and_never_rereads_the_data(
     for _ in range((served + 1024) // (128 * 4)):
         fresh.next_batch(4)
     assert fresh.state() == state.loader.state()
+
+
+def test_a_divergence_after_a_checkpoint_is_not_rolled_back_without_end(debug_data, tmp_path, monkeypatch):
+    # Steps 1-6, then again and again: step 7 is good, step 8 is not.
+    Poison(monkeypatch, set(range(8, 100, 2)))
+    settings = ("train.nonfinite_action=rollback", "train.max_incidents=3")
+    with pytest.raises(TrainingHalted, match="roll-back 3 to the same checkpoint"):
+        run(debug_data, tmp_path / "run", *settings)
+    Poison(monkeypatch, set(range(2, 100, 2)))
+    with pytest.raises(TrainingHalted, match="roll-back 3 to the same checkpoint"):  # a resume replays the same
+        run(debug_data, tmp_path / "run", *settings)
 
 
 def test_a_stop_says_why_and_leaves_the_last_checkpoint_whole(debug_data, tmp_path, monkeypatch):
