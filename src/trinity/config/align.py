@@ -1,7 +1,6 @@
 """AlignConfig: supervised fine-tuning of a model on conversations."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from trinity.base.errors import ConfigError
 from trinity.config.knob import Settings, knob
@@ -9,7 +8,7 @@ from trinity.config.knob import Settings, knob
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(Settings):
-    section: ClassVar[str] = "align"
+    section = "align"
 
     seed: int = knob("root of the order of conversations", 0)
     epochs: float = knob("passes over the conversations", 2.0, above=0)

@@ -1,14 +1,13 @@
 """DataConfig: what text a run reads and in what order."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from trinity.config.knob import Settings, knob
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Settings):
-    section: ClassVar[str] = "data"
+    section = "data"
 
     sequence_length: int = knob("tokens in one training row", low=1)
     buffer_documents: int = knob(

@@ -2,7 +2,7 @@
 
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from trinity.base.errors import ConfigError
 
@@ -40,7 +40,7 @@ def knob(
 class Settings:
     """Base of every config. However one comes to be (recipe, `--set`, file), each number lies within its bounds."""
 
-    section: ClassVar[str] = ""
+    section = ""  # without annotation it is no field
 
     @classmethod
     def written(cls, name: str) -> str:

@@ -1,7 +1,6 @@
 """ModelConfig: the AFMoE architecture under the field names of the published config.json."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from trinity.base.errors import ConfigError
 from trinity.config.knob import Settings, knob
@@ -13,7 +12,7 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 class ModelConfig(Settings):
     """Shape of one model. Derived figures are properties; `trinity.plan.params` counts parameters from it alone."""
 
-    section: ClassVar[str] = "model"
+    section = "model"
 
     vocab_size: int = knob("rows of the embedding and of the output head", low=1)
     hidden_size: int = knob("width of the residual stream", low=1)

@@ -1,7 +1,7 @@
 """OptimConfig and BalanceConfig: how weights move, and how router biases move."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from trinity.config.knob import Settings, knob
 
@@ -10,7 +10,7 @@ from trinity.config.knob import Settings, knob
 class OptimConfig(Settings):
     """Muon for hidden matrices, AdamW for embedding, head, router and norms; one schedule in tokens multiplies both."""
 
-    section: ClassVar[str] = "optim"
+    section = "optim"
 
     muon_lr: float = knob("peak learning rate of Muon", 1e-3, above=0)
     muon_momentum: float = knob("momentum of Muon (Nesterov)", 0.95, low=0, below=1)
@@ -35,7 +35,7 @@ class OptimConfig(Settings):
 class BalanceConfig(Settings):
     """How tokens are spread over experts (Trinity Large report, eqs. 23-28 for SMEBU), and the two auxiliary losses."""
 
-    section: ClassVar[str] = "balance"
+    section = "balance"
 
     rule: Literal["smebu", "sign", "none"] = knob("which rule moves the router biases after each step", "smebu")
     smebu_lambda: float = knob("largest bias step of SMEBU", 5e-4, low=0)

@@ -1,14 +1,14 @@
 """TrainConfig: horizon, batch, cadence and guard of a training run. All lengths are in tokens."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from trinity.config.knob import Settings, knob
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    section: ClassVar[str] = "train"
+    section = "train"
 
     seed: int = knob("root of every random stream of the run", 0)
     tokens: int = knob("tokens to train on in all", low=1)
