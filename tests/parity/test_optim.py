@@ -61,6 +61,34 @@ def test_a_stack_of_experts_moves_like_its_matrices_one_by_one():
     )
 
 
+def test_slicing_a_large_stack_changes_nothing(monkeypatch):
+    def moved() -> torch.Tensor:
+        stack = torch.nn.Parameter(torch.randn(7, 3, 8, 10, generator=torch.Generator().manual_seed(0)))
+        muon = Muon([stack], lr=0.05, weight_decay=0.1)
+        for seed in range(3):
+            stack.grad = torch.randn(stack.shape, generator=torch.Generator().manual_seed(seed))
+            muon.step()
+        return stack.detach()
+
+    whole = moved()
+    monkeypatch.setattr("trinity.optim.muon._BATCH_VALUES", 400)  # five matrices of eighty values at once
+    torch.testing.assert_close(moved(), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_the_largest_batch_is_bounded(monkeypatch):
+    from trinity.optim import muon as module
+
+    sizes = []
+    original = module.orthogonalise
+    monkeypatch.setattr(module, "_BATCH_VALUES", 400)
+    monkeypatch.setattr(module, "orthogonalise", lambda m, *rest: sizes.append(m.numel()) or original(m, *rest))
+    parameters = [torch.nn.Parameter(torch.randn(9, 8, 10)), torch.nn.Parameter(torch.randn(8, 10))]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    Muon(parameters, lr=0.1).step()
+    assert sizes == [400, 400], "720 + 80 values in two batches of at most 400"
+
+
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 1000))
 def test_singular_values_end_near_one(rows, columns, seed):
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))

@@ -145,3 +145,15 @@ def test_broken_files_of_a_model_folder_are_named(made: Path, tmp_path: Path, ti
     refused(folder, "tokenizer.json is not a tokenizer")
     write_model_folder(folder, tiny_model, Tokenizer.load(made / "run"), torch.float32)
     refused(folder, "512 entries, the model only 64 rows")
+
+
+def test_the_bias_step_of_the_run_reaches_the_exported_config(made: Path, tmp_path: Path):
+    """An export that always said 5e-4 would lose the rate a model was balanced with."""
+    config = json.loads((made / "run" / "config.json").read_text())["config"]
+    opened = open_model(made / "run")
+    assert opened.load_balance_coeff == config["balance"]["smebu_lambda"] != 5e-4
+    write_model_folder(
+        tmp_path, opened.model, opened.tokenizer, torch.float32, load_balance_coeff=opened.load_balance_coeff
+    )
+    assert json.loads((tmp_path / "config.json").read_text())["load_balance_coeff"] == opened.load_balance_coeff
+    assert open_model(tmp_path).load_balance_coeff == opened.load_balance_coeff

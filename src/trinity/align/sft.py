@@ -78,7 +78,9 @@ def fine_tune(
             history.append(SftStep(step, loss))
             show(history[-1])
         model.eval().requires_grad_(False)
-        write_model_folder(aside, model, opened.tokenizer, torch.float32, chat=True)
+        write_model_folder(
+            aside, model, opened.tokenizer, torch.float32, chat=True, load_balance_coeff=opened.load_balance_coeff
+        )
         write_lineage(
             aside,
             "fine-tuned model",

@@ -23,6 +23,7 @@ from trinity.model.init import build_on_meta
 from trinity.model.transformer import Transformer
 
 SHARD_BYTES = 5 * 10**9
+DEFAULT_BALANCE_COEFF = 5e-4  # SMEBU's lambda of Trinity Large
 INDEX = "model.safetensors.index.json"
 _SHARED_KEYS = [name for name in ModelConfig.__dataclass_fields__ if name != "mup_enabled"]
 _FLOAT32_ALWAYS = ("expert_bias", "router.gate.weight", "norm.weight", "layernorm.weight")
@@ -162,7 +163,7 @@ def write_hf(
     folder: Path,
     model: Transformer,
     dtype: torch.dtype = torch.float32,
-    load_balance_coeff: float = 5e-4,
+    load_balance_coeff: float = DEFAULT_BALANCE_COEFF,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write config.json and the weights (sharded by `shard_bytes`) into an existing folder.

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from trinity.base.durable import write_durably, write_json
 from trinity.base.errors import CheckpointError
-from trinity.ckpt.hf import read_published_config, shard_files, write_hf
+from trinity.ckpt.hf import DEFAULT_BALANCE_COEFF, read_published_config, shard_files, write_hf
 from trinity.ckpt.names import published_tensors
 from trinity.config.model import ModelConfig
 from trinity.model.init import build_on_meta
@@ -24,10 +24,15 @@ _CODE = (".py", ".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
 
 
 def write_model_folder(
-    folder: Path, model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, chat: bool = False
+    folder: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+    chat: bool = False,
+    load_balance_coeff: float = DEFAULT_BALANCE_COEFF,
 ) -> None:
     """Fill an existing folder with all that a program needs to run the model. A chat model ends turns at <|im_end|>."""
-    write_hf(folder, model, dtype)
+    write_hf(folder, model, dtype, load_balance_coeff)
     tokenizer.save(folder)
     write_durably(folder / "chat_template.jinja", jinja_template())
     end = "<|im_end|>" if chat else "<|end_of_text|>"

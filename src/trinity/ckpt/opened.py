@@ -11,7 +11,7 @@ import torch
 from trinity.base.errors import CheckpointError, UsageError
 from trinity.base.run import CONFIG
 from trinity.ckpt.folder import MODEL, STATE, check_checkpoint, newest_good, read_tensors
-from trinity.ckpt.hf import keep_precision, read_hf, read_json_object
+from trinity.ckpt.hf import DEFAULT_BALANCE_COEFF, keep_precision, read_hf, read_json_object
 from trinity.ckpt.model_folder import matching_tokenizer
 from trinity.config.load import from_dict
 from trinity.config.model import ModelConfig
@@ -30,6 +30,7 @@ class OpenedModel:
     name: str
     generation: dict[str, Any]  # generation_config.json, empty where there is none
     lineage: dict[str, Any]
+    load_balance_coeff: float  # step of the selection biases in pretraining, as published in config.json
 
     @property
     def ends_turns(self) -> bool:
@@ -75,6 +76,7 @@ def open_model(path: Path | str, dtype: str = "float32", warn: Callable[[str], N
         name=path.resolve().name,
         generation=_json_or_empty(path / "generation_config.json"),
         lineage=_json_or_empty(path / "lineage.json"),
+        load_balance_coeff=_json_or_empty(path / CONFIG).get("load_balance_coeff", DEFAULT_BALANCE_COEFF),
     )
 
 
@@ -90,7 +92,15 @@ def _open_checkpoint(folder: Path, run: Path, name: str, dtype: str) -> OpenedMo
         name=name,
         generation={},
         lineage=_json_or_empty(run / "lineage.json"),
+        load_balance_coeff=_balance_coeff(run),
     )
+
+
+def _balance_coeff(run: Path) -> float:
+    """The bias step of a run's balancing rule; the default where its configuration is not beside the checkpoint."""
+    balance = _json_or_empty(run / CONFIG).get("config", {}).get("balance", {})
+    names = {"smebu": "smebu_lambda", "sign": "sign_gamma"}
+    return balance.get(names.get(balance.get("rule", ""), ""), DEFAULT_BALANCE_COEFF)
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:

@@ -33,7 +33,14 @@ def export(options: argparse.Namespace) -> None:
         raise UsageError(f"{options.out} exists.", "Name a folder that does not, or remove it first.")
     opened = open_model(options.model)
     with folder_aside(options.out) as aside:
-        write_model_folder(aside, opened.model, opened.tokenizer, getattr(torch, options.dtype), chat=opened.ends_turns)
+        write_model_folder(
+            aside,
+            opened.model,
+            opened.tokenizer,
+            getattr(torch, options.dtype),
+            chat=opened.ends_turns,
+            load_balance_coeff=opened.load_balance_coeff,
+        )
         if opened.lineage:
             write_json(aside / LINEAGE, opened.lineage)
     print(f"Wrote {options.out}, a Hugging Face folder of {opened.name} in {options.dtype}.")

@@ -76,7 +76,13 @@ def release_model(
 def write_model(folder: Path, opened: OpenedModel) -> None:
     """Weights, configuration and tokenizer as a Hugging Face folder; such a folder is copied file by file."""
     if (opened.folder / STATE).exists():
-        write_model_folder(folder, opened.model, opened.tokenizer, torch.float32)
+        write_model_folder(
+            folder,
+            opened.model,
+            opened.tokenizer,
+            torch.float32,
+            load_balance_coeff=opened.load_balance_coeff,
+        )
         return
     _refuse_links(opened.folder)
     copy_model_files(opened.folder, folder)
