@@ -173,6 +173,7 @@ def run_mix(options: argparse.Namespace) -> None:
     lines = [
         f"{source['weight']:.1%} {source['path']}: {show_count(source['tokens'])} tokens, "
         f"read once in {show_count(source['epoch_mix_tokens'])} tokens of the mix"
+        + (f"; {source['dropped']} documents dropped: held-out text, or related to it" if source["dropped"] else "")
         for source in report["sources"]
     ]
     say(report, options.json, [*lines, f"in {options.out}"])

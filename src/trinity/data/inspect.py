@@ -62,12 +62,13 @@ def inspect_tokens(folder: TokenFolder, samples: int) -> dict[str, Any]:
 
 
 def inspect_mix(corpus: Corpus) -> dict[str, Any]:
-    """Sources with their weights, and how many tokens of the mix one pass over each source lasts."""
+    """Sources with their weights, what is dropped because another holds it out, and how many tokens one pass lasts."""
     sources = [
         {
             "path": str(source.path),
             "weight": weight,
             "documents": source.train.num_documents,
+            "dropped": source.num_left_out,
             "tokens": source.train.num_tokens,
             "epoch_mix_tokens": round(source.train.num_tokens / weight),
         }

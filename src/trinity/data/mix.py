@@ -1,6 +1,12 @@
 """A corpus: one token folder, or several with weights written down in a mix folder. What the loader and audits open.
 
-mix.json    {"tokenizer": fingerprint, "sources": [{"path": relative to this folder, "weight", "fingerprint"}]}
+    mix.json             {"tokenizer": fingerprint, "sources": [{"path": relative to this folder, "weight",
+                         "fingerprint", "dropped"}]}
+    dropped-00000.npy    int64 ["dropped"] for each source: its training documents that the mix does not read
+
+What one source holds out no other may train on: a document that is held out elsewhere, that was made from a held-out
+text, or from which one was made, is dropped from training. Sources tokenized with different held-out shares, or so
+small that the share was rounded for them, would otherwise teach what is later measured.
 """
 
 import json
@@ -12,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from trinity.base.durable import write_json
 from trinity.base.errors import DataError, UsageError
@@ -84,7 +92,7 @@ class Corpus:
         return int(split.lengths[place])
 
     def order(self, seed: int) -> MixedOrder:
-        """The order training documents are drawn in. A source's order does not depend on what it is mixed with."""
+        """The order training documents are drawn in. A source's order depends on the others only by what they drop."""
         names = [source.fingerprint for source in self.sources]
         return MixedOrder([source.train.lengths for source in self.sources], self.weights, names, seed)
 
@@ -114,18 +122,21 @@ def open_corpus(path: Path | str) -> Corpus:
         return Corpus(folder, [TokenFolder.open(folder)], [1.0])
     promised_files(folder, "mix")
     try:
-        entries = [(entry["path"], entry["weight"], entry["fingerprint"]) for entry in read_sources(folder)]
+        entries = [
+            (entry["path"], entry["weight"], entry["fingerprint"], np.load(folder / dropped_name(number)))
+            for number, entry in enumerate(read_sources(folder))
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / MIX} cannot be read: {error}.", "Make the mix again.") from error
     sources, weights = [], []
-    for place, weight, promised in entries:
+    for place, weight, promised, dropped in entries:
         source = TokenFolder.open(Path(os.path.normpath(folder / place)))
         if source.fingerprint != promised:
             raise DataError(
                 f"{source.path} has changed since the mix was made ({source.fingerprint}, was {promised}).",
                 "Make the mix again.",
             )
-        sources.append(source)
+        sources.append(source.without(dropped))
         weights.append(weight)
     return Corpus(folder, sources, weights)
 
@@ -155,22 +166,51 @@ def parse_shares(arguments: list[str]) -> list[tuple[Path, float]]:
 
 
 def write_mix(shares: list[tuple[Path, float]], out: Path) -> Corpus:
-    """Write a mix folder of token folders (no token is copied) and open it."""
+    """Write a mix folder of token folders (no token is copied) and open it.
+
+    Raises DataError, before anything is written, for what cannot be mixed and for a source that has nothing left.
+    """
     folders = [TokenFolder.open(path) for path, _ in shares]
-    Corpus(out, folders, [weight for _, weight in shares])  # refuses what cannot be mixed before anything is written
+    Corpus(out, folders, [weight for _, weight in shares])
+    dropped = held_out_elsewhere(folders)
+    for folder, places in zip(folders, dropped, strict=True):
+        if len(places) == folder.train.num_documents:
+            raise DataError(
+                f"{folder.path} has nothing left to train on: all {len(places)} of its documents are held out by "
+                "another source, or related to text that is.",
+                "Tokenize the sources with the same --heldout, or leave this one out.",
+            )
     with data_folder(out, "mix") as aside:
         sources = [
             {
                 "path": os.path.relpath(folder.path.resolve(), out.resolve()),
                 "weight": weight,
                 "fingerprint": folder.fingerprint,
+                "dropped": len(places),
             }
-            for folder, (_, weight) in zip(folders, shares, strict=True)
+            for folder, (_, weight), places in zip(folders, shares, dropped, strict=True)
         ]
+        for number, places in enumerate(dropped):
+            np.save(aside / dropped_name(number), places)
         write_json(aside / MIX, {"tokenizer": folders[0].tokenizer_fingerprint, "sources": sources})
         parents = {f"tokens:{source['path']}": source["fingerprint"] for source in sources}
         write_lineage(aside, "mix", parents, {"command": "data mix"})
     return open_corpus(out)
+
+
+def held_out_elsewhere(sources: Sequence[TokenFolder]) -> list[np.ndarray]:
+    """For each source the training documents (int64, ascending) that share text or ancestor with a held-out one."""
+    chunks = [chunk for source in sources for chunk in source.heldout.lineage()[0].chunks]
+    held = pc.SetLookupOptions(pa.chunked_array(chunks, pa.string()).unique())
+    found = []
+    for source in sources:
+        names, documents = source.train.lineage()
+        found.append(np.unique(documents[pc.call_function("is_in", [names], held).to_numpy()]))
+    return found
+
+
+def dropped_name(number: int) -> str:
+    return f"dropped-{number:05d}.npy"
 
 
 def refuse_mixed_tokenizers(sources: Sequence[TokenFolder]) -> None:

@@ -1,11 +1,13 @@
 """Reading a token folder: documents as slices of memory-mapped shards, with their kinds, sizes and copies."""
 
 import json
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trinity.base.errors import DataError
@@ -25,19 +27,36 @@ class TokenSplit:
         self.num_tokens: int = meta["tokens"]
         self.num_bytes: int = meta["bytes"]
         self._shard_tokens: list[int] = meta["shards"]
+        self._kept: np.ndarray | None = None  # places in the files of the documents shown; None: all of them
+
+    def without(self, places: np.ndarray) -> "TokenSplit":
+        """The same split as if the documents at `places` were not there; the others close up."""
+        other = TokenSplit.__new__(TokenSplit)
+        other._folder, other._width, other.kinds = self._folder, self._width, self.kinds
+        other._shard_tokens = self._shard_tokens
+        shown = np.arange(self.num_documents) if self._kept is None else self._kept
+        other._kept = np.delete(shown, places)
+        other.num_documents = len(other._kept)
+        other.num_tokens, other.num_bytes = int(other.lengths.sum()), int(other.bytes.sum())
+        return other
+
+    def _stored(self, name: str) -> np.ndarray:
+        path = self._folder / f"{name}.npy"
+        return np.load(path, mmap_mode="r" if sum(self._shard_tokens) else None)
 
     def _column(self, name: str) -> np.ndarray:
-        return np.load(self._folder / f"{name}.npy", mmap_mode="r" if self.num_documents else None)
+        return self._stored(name) if self._kept is None else self._stored(name)[self._kept]
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """int64 [documents + 1]: where each document begins, in tokens from the split's beginning."""
-        return self._column("offsets")
+        """int64 [documents in the files + 1]: where each begins, in tokens from the split's beginning."""
+        return self._stored("offsets")
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [documents]: tokens of each document, begin and end mark included."""
-        return np.diff(self.offsets)
+        lengths = np.diff(self.offsets)
+        return lengths if self._kept is None else lengths[self._kept]
 
     @cached_property
     def bytes(self) -> np.ndarray:
@@ -72,7 +91,8 @@ class TokenSplit:
 
     def document(self, index: int) -> np.ndarray:
         """The ids of one document, begin and end mark included; a view of the shard, uint16 or uint32."""
-        start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
+        place = index if self._kept is None else int(self._kept[index])
+        start, stop = int(self.offsets[place]), int(self.offsets[place + 1])
         shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
         base = int(self._shard_starts[shard])
         return self._shards[shard][start - base : stop - base]
@@ -90,7 +110,21 @@ class TokenSplit:
 
     def described(self, column: str) -> list[Any]:
         """A column of documents.parquet (id, source, licence, parents) for all documents."""
-        return pq.read_table(self._folder / "documents.parquet", columns=[column]).column(column).to_pylist()
+        return self._described([column]).column(column).to_pylist()
+
+    def _described(self, columns: list[str]) -> pa.Table:
+        table = pq.read_table(self._folder / "documents.parquet", columns=columns)
+        return table if self._kept is None else table.take(pa.array(self._kept))
+
+    def lineage(self) -> tuple[pa.ChunkedArray, np.ndarray]:
+        """Ids of the documents and of all they were made from, and for each id (int64) the document that names it."""
+        names, documents, first = [], [np.empty(0, np.int64)], 0
+        for batch in self._described(["id", "parents"]).to_batches():
+            numbers, parents = np.arange(first, first + len(batch)), batch.column("parents")
+            names += [batch.column("id"), parents.flatten()]
+            documents += [numbers, np.repeat(numbers, parents.value_lengths().to_numpy(zero_copy_only=False))]
+            first += len(batch)
+        return pa.chunked_array(names, pa.string()), np.concatenate(documents)
 
 
 class TokenFolder:
@@ -106,6 +140,7 @@ class TokenFolder:
         self.train, self.heldout = (
             TokenSplit(path / split, meta["splits"][split], width, self.kinds) for split in SPLITS
         )
+        self._left_out: list[int] = []
 
     @staticmethod
     def open(path: Path) -> "TokenFolder":
@@ -118,6 +153,19 @@ class TokenFolder:
                 f"{path / 'tokens.json'} cannot be read: {error}.", "Tokenize the documents again."
             ) from error
 
+    def without(self, places: np.ndarray) -> "TokenFolder":
+        """The same folder without the training documents at `places`; its fingerprint says so."""
+        if not len(places):
+            return self
+        other = copy(self)
+        other.__dict__.pop("fingerprint", None)
+        other.train, other._left_out = self.train.without(places), places.tolist()
+        return other
+
+    @property
+    def num_left_out(self) -> int:
+        return len(self._left_out)
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.path)
@@ -129,13 +177,12 @@ class TokenFolder:
         Parquet is left out: its bytes differ between versions of the library that writes it, the documents do not.
         """
         files = promised_files(self.path, "tokens")
-        return fingerprint(
-            {
-                name: entry["sha256"]
-                for name, entry in files.items()
-                if name.endswith((".bin", ".npy", FILE, "tokens.json"))
-            }
-        )
+        data = {
+            name: entry["sha256"]
+            for name, entry in files.items()
+            if name.endswith((".bin", ".npy", FILE, "tokens.json"))
+        }
+        return fingerprint([data, self._left_out] if self._left_out else data)
 
 
 def verify_tokens(path: Path) -> None:
