@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from trinity.base import durable
 from trinity.base.durable import (
     MANIFEST,
     folder_aside,
+    recover,
     seal,
     unsealed_differences,
     verify_seal,
@@ -134,27 +135,142 @@ def fill(folder: Path, text: str) -> None:
     (folder / "part" / "b.txt").write_text(text)
 
 
+@pytest.mark.parametrize("exchanged", [True, False], ids=["exchange", "two steps"])
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("countdown", range(1, 7))
-def test_a_folder_is_old_or_new_or_recoverable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, countdown: int
+@pytest.mark.parametrize("countdown", range(1, 9))
+def test_a_folder_is_old_or_new_after_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, countdown: int, exchanged: bool
 ):
     final = tmp_path / "step-1"
+    if not exchanged:
+        monkeypatch.setattr(durable, "exchange", lambda a, b: False)
     with folder_aside(final) as aside:
         fill(aside, OLD)
     full = OSError(errno.ENOSPC, "No space left on device")
-    with failing_at(monkeypatch, call, countdown, full):
-        try:
-            with folder_aside(final) as aside:
-                fill(aside, NEW)
-        except StorageError:
-            pass
-    whole = [path for path in tmp_path.iterdir() if not unsealed_differences(path)]
-    assert whole, "neither the old folder nor the new one is whole"
-    with folder_aside(final) as aside:
+    with failing_at(monkeypatch, call, countdown, full), suppress(StorageError), folder_aside(final) as aside:
         fill(aside, NEW)
     verify_seal(final)
-    assert (final / "a.txt").read_text() == NEW
+    recover(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+KILLED_FOLDER = """
+import os, shutil, sys
+from pathlib import Path
+from trinity.base import durable
+calls, target = 0, int(sys.argv[2])
+def counted(real):
+    def call(*arguments, **keywords):
+        global calls
+        for _ in ("before", "after"):
+            calls += 1
+            if calls == target:
+                os.kill(os.getpid(), 9)
+            found = real(*arguments, **keywords) if _ == "before" else found
+        return found
+    return call
+swap = durable.exchange if sys.argv[3] == "exchange" else lambda a, b: False
+os.fsync, os.replace, os.unlink = counted(os.fsync), counted(os.replace), counted(os.unlink)
+shutil.rmtree, durable.exchange = counted(shutil.rmtree), counted(swap)
+with durable.folder_aside(Path(sys.argv[1])) as aside:
+    (aside / "part").mkdir()
+    (aside / "a.txt").write_text("new" * 2000)
+    (aside / "part" / "b.txt").write_text("new" * 2000)
+"""
+
+
+@pytest.mark.parametrize("way", ["exchange", "two steps"])
+def test_a_folder_is_old_or_new_after_a_real_kill(tmp_path: Path, way: str):
+    """Killed before and after each call that matters; only without exchange does the old folder need `recover`."""
+    final, code, target, held = tmp_path / "step-1", -9, 0, []
+    if way == "exchange" and not can_exchange(tmp_path):
+        pytest.skip("this system cannot exchange two folders")
+    while code == -9:
+        target += 1
+        with folder_aside(final) as aside:
+            fill(aside, OLD)
+        code = subprocess.run([sys.executable, "-c", KILLED_FOLDER, final, str(target), way], check=False).returncode
+        if way == "two steps":
+            recover(tmp_path)
+        verify_seal(final)
+        held.append((final / "a.txt").read_text())
+        assert held[-1] in (OLD, NEW)
+        recover(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["step-1"], "a kill leaves nothing beside"
+    assert code == 0 and target > 20 and held == sorted(held, reverse=True) and set(held) == {OLD, NEW}
+
+
+def can_exchange(folder: Path) -> bool:
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+    offered = durable.exchange(folder / "a", folder / "b")
+    for name in ("a", "b"):
+        (folder / name).rmdir()
+    return offered
+
+
+def test_an_exchange_that_fails_says_why(tmp_path: Path):
+    if can_exchange(tmp_path):
+        with pytest.raises(FileNotFoundError) as caught:
+            durable.exchange(tmp_path / "a", tmp_path / "b")
+        assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / "a"), str(tmp_path / "b"))
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    living = os.getppid()
+    for name in (f".a.writing-{ended.pid}", f".a.writing-{living}", f".b.retired-{living}", ".a.writing-", ".a"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".latest.writing-{ended.pid}").write_text("half")
+    (tmp_path / f".c.retired-{ended.pid}").mkdir()
+    recover(tmp_path, "a")
+    assert not (tmp_path / f".a.writing-{ended.pid}").exists() and (tmp_path / f".c.retired-{ended.pid}").exists()
+    recover(tmp_path)
+    kept = {".a", ".a.writing-", f".a.writing-{living}", f".b.retired-{living}"}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"c"}
+    recover(tmp_path, alone=True)
+    assert {path.name for path in tmp_path.iterdir()} == {".a", ".a.writing-", "b", "c"}
+    recover(tmp_path / "nowhere")
+
+
+def synced_inodes(monkeypatch: pytest.MonkeyPatch, write: Callable[[], None]) -> list[int]:
+    """Inodes handed to os.fsync while `write` runs, and -1 where a name moved into place."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def recorded(handle: int) -> None:
+        events.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def moved(*arguments: Any) -> None:
+        events.append(-1)
+        replace(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "fsync", recorded)
+        patch.setattr(durable.os, "replace", moved)
+        write()
+    return events
+
+
+def test_a_file_is_synced_before_it_moves_and_its_folder_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "file"
+    events = synced_inodes(monkeypatch, lambda: write_durably(path, NEW))
+    assert events == [path.stat().st_ino, -1, tmp_path.stat().st_ino]
+
+
+def test_everything_in_a_folder_is_synced_before_it_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    final = tmp_path / "step-1"
+
+    def write() -> None:
+        with folder_aside(final) as aside:
+            fill(aside, NEW)
+            (aside / "part" / "deep").mkdir()
+
+    events = synced_inodes(monkeypatch, write)
+    moved = len(events) - 1 - events[::-1].index(-1)
+    assert {path.stat().st_ino for path in (final, *final.rglob("*"))} <= set(events[:moved])
+    assert events[moved + 1 :] == [tmp_path.stat().st_ino]
 
 
 def test_a_folder_whose_block_fails_leaves_nothing(tmp_path: Path):

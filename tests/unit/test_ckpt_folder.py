@@ -118,13 +118,22 @@ def test_only_the_newest_and_the_pre_anneal_checkpoint_stay(tmp_path: Path):
     for step in (1, 2, 3, 10):
         save(tmp_path, step)
     save(tmp_path, 2, PRE_ANNEAL)
-    for leftover in (".step-00000011.writing-12", ".step-00000009.retired-12"):
+    for leftover in (".step-00000011.writing-12", ".step-00000010.retired-12"):
         (tmp_path / "checkpoints" / leftover).mkdir()
+    (tmp_path / "checkpoints" / ".latest.writing-12").write_text("step-")
     prune(tmp_path, keep=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         PRE_ANNEAL, "step-00000003", "step-00000010"]  # fmt: skip
     prune(tmp_path, keep=5)
     assert len(step_folders(tmp_path)) == 2
+
+
+def test_pruning_puts_back_what_a_kill_left_without_its_name(tmp_path: Path):
+    kept = save(tmp_path, 1, PRE_ANNEAL)
+    save(tmp_path, 2)
+    kept.rename(kept.with_name(f".{PRE_ANNEAL}.retired-12"))
+    prune(tmp_path, keep=1)
+    assert read_checkpoint(kept).state == {"step": 1}
 
 
 def test_the_pointer_names_a_checkpoint_and_nothing_depends_on_it(tmp_path: Path):

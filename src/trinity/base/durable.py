@@ -1,13 +1,18 @@
 """Files that survive a kill or a full disk: written aside, synced, then moved into place in one step.
 
+Aside means beside: `.NAME.writing-PID`, and `.NAME.retired-PID` for what NAME held where the system cannot exchange two
+folders in one step. `recover` clears away what a killed process left of either.
+
 A folder is `sealed` by a manifest (manifest.json: sha256 and size of every other file). A sealed folder is either
 whole and verifiable, or it is recognisably not.
 """
 
+import ctypes
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +22,9 @@ from trinity.base.errors import StorageError, VerificationError
 from trinity.base.units import show_bytes
 
 MANIFEST = "manifest.json"
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>writing|retired)-(?P<process>[0-9]+)", re.DOTALL)
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+_NOT_OFFERED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -45,6 +53,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file of a folder durable, and the names in it and in each folder below."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
@@ -85,27 +103,78 @@ def folder_aside(final: Path) -> Iterator[Path]:
     """
     aside = final.with_name(f".{final.name}.writing-{os.getpid()}")
     with refusing_disk(final):
-        shutil.rmtree(aside, ignore_errors=True)
+        recover(final.parent, final.name)
         aside.mkdir(parents=True)
         try:
             yield aside
             seal(aside)
-            for path in aside.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-            sync_folder(aside)
+            sync_tree(aside)
+            move_into_place(aside, final)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        if final.exists():
-            retired = final.with_name(f".{final.name}.retired-{os.getpid()}")
-            os.replace(final, retired)
+
+
+def move_into_place(aside: Path, final: Path) -> None:
+    """Let the synced folder `aside` take the name `final`; what was there goes only once the new name is durable."""
+    old = aside
+    if not os.path.lexists(final):
+        os.replace(aside, final)
+    elif not exchange(aside, final):
+        old = final.with_name(f".{final.name}.retired-{os.getpid()}")
+        os.replace(final, old)
+        try:
             os.replace(aside, final)
-            shutil.rmtree(retired, ignore_errors=True)
+        except OSError:
+            os.replace(old, final)
+            raise
+    sync_folder(final.parent)
+    _remove(old)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step; False where the system or its file system cannot (all but Linux; NFS)."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NOT_OFFERED:
+        return False
+    raise OSError(number, os.strerror(number), str(a), None, str(b))
+
+
+def recover(folder: Path, name: str | None = None, alone: bool = False) -> None:
+    """Mend what killed processes left in `folder`, or beside one name of it: half-written things go, and what a name
+    held comes back where nothing has taken its place. `alone` says that no process still writes here."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        found = _LEFTOVER.fullmatch(path.name)
+        if not found or name not in (None, found["name"]) or (not alone and _at_work(int(found["process"]))):
+            continue
+        final = folder / found["name"]
+        if found["kind"] == "retired" and not os.path.lexists(final):
+            os.replace(path, final)
         else:
-            os.replace(aside, final)
-        sync_folder(final.parent)
+            _remove(path)
+
+
+def _at_work(process: int) -> bool:
+    """Whether another process of that number lives. This one has left nothing that it still works on."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return process not in (0, os.getpid())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def listed_files(folder: Path, ignore: tuple[str, ...] = ()) -> list[str]:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trinity.base.durable import folder_aside, unsealed_differences, write_durably, write_json
+from trinity.base.durable import folder_aside, recover, unsealed_differences, write_durably, write_json
 from trinity.base.errors import CheckpointError
 
 MODEL, OPTIMIZER, STATE, LATEST = "model.safetensors", "optimizer.safetensors", "state.json", "latest"
@@ -58,13 +58,11 @@ def point_to(run: Path, checkpoint: Path) -> None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` step checkpoints, and what a kill left half written."""
+    """Remove all but the newest `keep` step checkpoints, and what a kill left half written. The run must be ours."""
+    recover(run / "checkpoints", alone=True)
     folders = step_folders(run)
     for folder in folders[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
-    for kind in ("writing", "retired"):
-        for leftover in (run / "checkpoints").glob(f".*.{kind}-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def step_folders(run: Path) -> list[Path]:
