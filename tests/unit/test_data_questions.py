@@ -1,4 +1,4 @@
-"""Question pairs from docstrings: what is asked, what is left out, and a held-out side that shares no name."""
+"""Question pairs from docstrings: what is asked, what is left out, and the held-out side of the token folder."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,11 @@ from trinity.base.durable import unsealed_differences
 from trinity.base.lineage import read_lineage
 from trinity.cli.main import main
 from trinity.data import questions
+from trinity.data.documents import writing_documents
 from trinity.data.questions import LONGEST_ANSWER, docstring_pairs, write_questions
-from trinity.data.stdlib import library_folder
+from trinity.data.stdlib import library_folder, module_documents, module_name
+from trinity.data.tokenise import tokenise
+from trinity.data.tokens import TokenFolder
 from trinity.text.tokenizer import Tokenizer
 
 MODULE = '''
@@ -78,7 +81,7 @@ def few_modules() -> list[tuple[str, int]]:
 
 def test_pairs_of_the_library_are_conversations_that_can_be_learnt(few_modules, tmp_path, monkeypatch, debug_data):
     monkeypatch.setattr(questions, "library_files", lambda: few_modules)
-    counts = write_questions(tmp_path / "one")
+    counts = write_questions(tmp_path / "one", 0.4)
     tokenizer, names = Tokenizer.load(debug_data), {}
     for side, count in counts.items():
         path = tmp_path / "one" / f"{side}.jsonl"
@@ -88,15 +91,33 @@ def test_pairs_of_the_library_are_conversations_that_can_be_learnt(few_modules, 
         assert len(asked) == count
         names[side] = {question.split()[2] for question in asked}
     assert not names["train"] & names["heldout"], "both questions about a name are on the same side"
-    assert 0.01 < counts["heldout"] / sum(counts.values()) < 0.12
     assert not unsealed_differences(tmp_path / "one") and read_lineage(tmp_path / "one")["kind"] == "conversations"
     monkeypatch.setattr(questions, "library_files", lambda: few_modules[::-1])
-    write_questions(tmp_path / "two")
+    write_questions(tmp_path / "two", 0.4)
     for side in counts:
         one, two = (
             sorted((tmp_path / folder / f"{side}.jsonl").read_bytes().split(b"\n")) for folder in ("one", "two")
         )
-        assert one == two, "which side a pair is on depends on its name alone"
+        assert one == two, "which side a pair is on depends on its module alone"
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.4, 0.7])
+def test_no_training_pair_comes_from_a_held_out_module(few_modules, fraction, tmp_path, monkeypatch, debug_data):
+    """The sides are those of a token folder made with the same share, module by module."""
+    monkeypatch.setattr(questions, "library_files", lambda: few_modules)
+    with writing_documents(tmp_path / "documents", {}, {}) as (writer, _):
+        for name, _ in few_modules:
+            for document in module_documents(name):
+                writer.write(document)
+    tokenise(tmp_path / "documents", Tokenizer.load(debug_data), tmp_path / "tokens", fraction)
+    write_questions(tmp_path / "questions", fraction)
+    folder = TokenFolder.open(tmp_path / "tokens")
+    for side, split in (("train", folder.train), ("heldout", folder.heldout)):
+        modules = {module_name(source.removesuffix(":docs")) for source in split.sources}
+        lines = (tmp_path / "questions" / f"{side}.jsonl").read_text("utf-8").splitlines()
+        names = [json.loads(line)["messages"][0]["content"].split()[2] for line in lines]
+        assert {name.split(".")[0] for name in names} == modules
+    assert read_lineage(tmp_path / "questions")["made_by"]["heldout_fraction"] == fraction
 
 
 def test_the_command_counts_what_it_wrote(library: Path, tmp_path: Path, capsys):
@@ -104,5 +125,7 @@ def test_the_command_counts_what_it_wrote(library: Path, tmp_path: Path, capsys)
     told = json.loads(capsys.readouterr().out)
     assert told["train"] + told["heldout"] == 8
     assert (tmp_path / "out" / "train.jsonl").read_text().count("\n") == told["train"]
+    assert main(["data", "questions", "--out", str(tmp_path / "none"), "--heldout", "1.5"]) == 2
+    assert "A held-out share of 1.5 is impossible" in capsys.readouterr().err and not (tmp_path / "none").exists()
     assert main(["data", "questions", "--out", str(tmp_path / "out")]) == 0
     assert f"{told['train']} pairs in {tmp_path / 'out' / 'train.jsonl'}" in capsys.readouterr().out

@@ -56,6 +56,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     inspect.set_defaults(action=run_inspect)
     questions = add_step(steps, "questions", "make question and answer pairs from docstrings", "--out data/questions")
     questions.add_argument("--out", required=True, type=Path, help="folder for train.jsonl and heldout.jsonl")
+    questions.add_argument(
+        "--heldout", type=float, default=0.02, help="share of modules held out, the same as of data tokenize (0.02)"
+    )
     questions.set_defaults(action=run_questions)
     for step in steps.choices.values():
         step.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -125,7 +128,7 @@ def run_ingest(options: argparse.Namespace) -> None:
 def run_questions(options: argparse.Namespace) -> None:
     from trinity.data.questions import write_questions
 
-    counts = write_questions(options.out)
+    counts = write_questions(options.out, options.heldout)
     lines = [f"{counts['train']:,} pairs in {options.out / 'train.jsonl'}, {counts['heldout']:,} held out"]
     say({"out": str(options.out), **counts}, options.json, lines)
 

@@ -53,8 +53,7 @@ def tokenise(
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, SplitSummary]:
     """Write the token folder `out`; returns what each split holds. `progress` is told the documents done."""
-    if not 0 <= heldout_fraction < 1:
-        raise UsageError(f"A held-out share of {heldout_fraction} is impossible.", "Give a number from 0 up to 1.")
+    refuse_impossible_share(heldout_fraction)
     sides = Sides(read_rows(folder, ["id", "parents"]), heldout_fraction)
     width = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     with data_folder(out, "tokens") as aside, ExitStack() as open_files:
@@ -102,6 +101,11 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def refuse_impossible_share(heldout_fraction: float) -> None:
+    if not 0 <= heldout_fraction < 1:
+        raise UsageError(f"A held-out share of {heldout_fraction} is impossible.", "Give a number from 0 up to 1.")
 
 
 def hash_share(root: str) -> float:
