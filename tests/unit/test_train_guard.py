@@ -1,17 +1,22 @@
 """What the guard does about spikes and non-finite values, on the guard alone and in a real run."""
 
+import dataclasses
+import json
 import math
+import shutil
 
 import pytest
 import torch
 
-from trinity.base.errors import StorageError, TrainingHalted
+from trinity.base.durable import seal
+from trinity.base.errors import ConfigError, DataError, StorageError, TrainingHalted
 from trinity.base.run import read_lines
 from trinity.config.load import override
 from trinity.config.train import TrainConfig
 from trinity.recipes.table import recipe
 from trinity.train import loop
 from trinity.train.guard import Guard
+from trinity.train.settings import FREE
 
 
 def config(**changes) -> TrainConfig:
@@ -178,3 +183,43 @@ def test_a_full_disk_while_saving_loses_nothing(debug_data, tmp_path, monkeypatc
     monkeypatch.setattr(folder, "save_file", original)
     state, said, _ = run(debug_data, tmp_path / "run")
     assert state.step == 12 and any("resuming" in sentence and "step 3" in sentence for sentence in said)
+
+
+def test_a_stopped_run_goes_on_with_another_guard(debug_data, tmp_path, monkeypatch):
+    Poison(monkeypatch, {8})
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingHalted, match="a resume may set"):
+        run(debug_data, folder, "train.nonfinite_action=stop")
+    Poison(monkeypatch, {2})
+    more = ["train.keep_checkpoints=1", "train.spike_sigmas=0"]
+    state, said, lines = run(debug_data, folder, "train.nonfinite_action=skip", *more)
+    assert state.step == 12
+    (changed,) = [line for line in lines if line["kind"] == "settings"]
+    assert changed["step"] == 6 and "train.nonfinite_action: stop -> skip" in changed["changes"]
+    assert any("train.spike_sigmas: 6.0 -> 0.0" in sentence for sentence in said)
+    assert json.loads((folder / "config.json").read_text())["config"]["train"]["spike_sigmas"] == 0.0
+
+
+def test_settings_of_the_arithmetic_stay_locked(debug_data, tmp_path):
+    run(debug_data, tmp_path / "run", "train.tokens=4K")
+    with pytest.raises(ConfigError, match=r"train.seed: 0 -> 1"):
+        run(debug_data, tmp_path / "run", "train.tokens=4K", "train.seed=1", "train.spike_sigmas=0")
+
+
+def test_every_setting_free_to_change_is_one():
+    assert set(FREE) < {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_other_data_is_refused_before_the_first_save(debug_data, tmp_path, monkeypatch):
+    Poison(monkeypatch, {1})
+    with pytest.raises(TrainingHalted):
+        run(debug_data, tmp_path / "run", "train.nonfinite_action=stop")
+    other = tmp_path / "other"
+    shutil.copytree(debug_data, other)
+    tokens = other / "train" / "tokens-00000.bin"
+    tokens.write_bytes(bytes([tokens.read_bytes()[0] ^ 1]) + tokens.read_bytes()[1:])
+    seal(other)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(DataError, match="other data"):
+        run(other, tmp_path / "run", "train.nonfinite_action=stop")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -4,7 +4,8 @@ Example:
   trinity train debug --out runs/debug
   trinity train demo --data tokens/ --out runs/demo --set train.tokens=2M --set optim.muon_lr=0.01
 
-Without --data, a small corpus is made from this Python's standard library. The same command again resumes.
+Without --data, a small corpus is made from this Python's standard library. The same command again resumes. What
+decides no step's arithmetic (the guard, the cadence of saving and evaluating) may be set anew on resume.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def train_recipe(options: argparse.Namespace) -> None:
     from trinity.train.display import TrainingDisplay
     from trinity.train.loop import train
 
-    data = options.data or embedded_corpus(options.out / "data", config.model.vocab_size)
+    data = options.data or data_of(options.out) or embedded_corpus(options.out / "data", config.model.vocab_size)
     with TrainingDisplay(config.horizon) as display:
         state = train(config, data, options.out, display.say, display.show)
     result = {"run": str(options.out), "step": state.step, "tokens": state.tokens}
@@ -49,3 +50,14 @@ def train_recipe(options: argparse.Namespace) -> None:
         return
     print(f"Trained {options.out} to step {state.step}, {state.tokens:,} tokens.")
     print(f"Next: trinity generate {options.out} --prompt 'def '   |   trinity report {options.out} --out page.html")
+
+
+def data_of(run: Path) -> Path | None:
+    """The data a run was begun with: its own folder where it has one, else the recorded path. None for a new run."""
+    from trinity.base.run import CONFIG
+    from trinity.train.settings import begun
+
+    if not (run / CONFIG).exists():
+        return None
+    own = run / "data"
+    return own if own.exists() else Path(begun(run)["data"])

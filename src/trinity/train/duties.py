@@ -102,6 +102,11 @@ class Duties:
         self.metrics.write("guard", step, what=what, action=action)
         self.say(f"step {step}: {what} -> {action}")
 
+    def changed(self, step: int, changes: list[str]) -> None:
+        """Settings that a resume changed; all are of the kind that no step's arithmetic reads."""
+        self.metrics.write("settings", step, changes=changes)
+        self.say(f"from step {step} on: {'; '.join(changes)}")
+
     def evaluate(self, state: TrainState) -> None:
         """Bits per byte on held-out text, and a short sample. A corpus without held-out text has neither."""
         if not self.heldout:

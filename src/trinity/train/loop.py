@@ -4,21 +4,18 @@ A run killed at any moment and started again ends in bit-identical weights: the 
 """
 
 import fcntl
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from trinity.base.durable import refusing_disk, write_json
+from trinity.base.durable import refusing_disk
 from trinity.base.errors import ConfigError, TrainingHalted, UsageError
-from trinity.base.lineage import write_lineage
 from trinity.base.run import CONFIG
 from trinity.ckpt.folder import newest_good, read_checkpoint
-from trinity.config.load import config_fingerprint, differences, to_dict
 from trinity.config.run import RunConfig
 from trinity.data.loader import Loader
+from trinity.train import settings
 from trinity.train.duties import Duties, Progress, due
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update, drop_update, learning_rates
@@ -36,9 +33,12 @@ def train(
     say: sentences for people. show: called after every step for a display.
     """
     with only_user_of(run):
-        state = prepare(config, data, run, say)
+        state, changed = prepare(config, data, run, say)
         duties = Duties(run, data, state.loader.tokenizer, config, state.step, say)
         try:
+            if changed:
+                duties.changed(state.step, changed)
+                settings.adopt(run, config)
             if state.tokens >= config.horizon:
                 say(f"{run} is complete at {state.tokens:,} tokens; nothing to do.")
             elif state.step == 0:
@@ -63,7 +63,8 @@ def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, sh
             if verdict.action == "stop":
                 raise TrainingHalted(
                     f"Training stopped at step {state.step + 1}: {verdict.reason}.",
-                    "The last checkpoint is whole. Lower the learning rates in a new run, or look at the data.",
+                    "The last checkpoint is whole. Look at the data; a resume may set train.spike_sigmas and the "
+                    "guard's actions anew, and lower learning rates need a new run.",
                 )
             _roll_back(state, config, run, duties)
             continue
@@ -102,8 +103,8 @@ def _roll_back(state: TrainState, config: RunConfig, run: Path, duties: Duties) 
     duties.say(f"rolled back to step {state.step}; the data read since is not read again")
 
 
-def prepare(config: RunConfig, data: Path, run: Path, say: Callable[[str], None]) -> TrainState:
-    """A fresh state, or the state of the newest good checkpoint of a run with the same configuration."""
+def prepare(config: RunConfig, data: Path, run: Path, say: Callable[[str], None]) -> tuple[TrainState, list[str]]:
+    """A fresh state, or that of the newest good checkpoint of the same run; and the settings that a resume changed."""
     loader = Loader(data, config.data, config.train.seed)
     if loader.tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -111,40 +112,17 @@ def prepare(config: RunConfig, data: Path, run: Path, say: Callable[[str], None]
             f"{config.model.vocab_size}.",
             "Set model.vocab_size to at least the former.",
         )
-    resolved = {"config": to_dict(config), "fingerprint": config_fingerprint(config), "data": str(data)}
+    changed: list[str] = []
     if (run / CONFIG).exists():
-        known = _known_config(run / CONFIG)
-        changes = differences(known, resolved["config"])
-        if changes:
-            raise ConfigError(
-                f"{run} was begun with other settings: {'; '.join(changes[:5])}.",
-                "Give the same settings to resume, or another --out.",
-            )
+        changed = settings.changes(run, config, loader)
     else:
-        loader.tokenizer.save(run)
-        write_lineage(
-            run,
-            "pretraining run",
-            {"data": loader.data_fingerprint, "tokenizer": loader.tokenizer.fingerprint},
-            {"recipe": config.name, "config": resolved["fingerprint"], "seed": config.train.seed},
-        )
-        write_json(run / CONFIG, resolved)  # last: a run that has it has the two others
+        settings.begin(run, config, loader, data)
     state = TrainState.fresh(config, loader)
     newest = newest_good(run, say)
     if newest is not None:
         state.restore(read_checkpoint(newest), config)
         say(f"resuming {run} at step {state.step}, {state.tokens:,} tokens")
-    return state
-
-
-def _known_config(path: Path) -> dict[str, Any]:
-    """The settings a run was begun with."""
-    try:
-        return dict(json.loads(path.read_bytes())["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} does not hold the settings of a run.", "Restore it from a copy, or give another --out."
-        ) from error
+    return state, changed
 
 
 @contextmanager

@@ -10,13 +10,14 @@ from torch import Tensor
 from trinity.base.errors import CheckpointError, DataError
 from trinity.base.seeds import named_seed
 from trinity.ckpt.folder import Checkpoint, save_checkpoint
-from trinity.config.load import config_fingerprint, to_dict
+from trinity.config.load import to_dict
 from trinity.config.run import RunConfig
 from trinity.data.loader import Loader
 from trinity.model.init import build_model
 from trinity.model.transformer import Transformer
 from trinity.optim.groups import Optimisers, build_optimisers
 from trinity.train.guard import Guard
+from trinity.train.settings import locked_fingerprint
 
 
 @dataclass
@@ -53,7 +54,7 @@ class TrainState:
             "loader": self.loader.state(),
             "guard": self.guard.state(),
             "data_fingerprint": self.loader.data_fingerprint,
-            "config_fingerprint": config_fingerprint(config),
+            "config_fingerprint": locked_fingerprint(config),
             "model_config": to_dict(config.model),
         }
         return save_checkpoint(run, name, self.model.state_dict(), optimizer, counters)
@@ -61,7 +62,7 @@ class TrainState:
     def restore(self, checkpoint: Checkpoint, config: RunConfig, keep_loader: bool = False) -> None:
         """Become the state that `checkpoint` holds. With keep_loader (roll-back) data and counts of incidents go on."""
         counters: dict[str, Any] = checkpoint.state
-        if counters["config_fingerprint"] != config_fingerprint(config):
+        if counters["config_fingerprint"] != locked_fingerprint(config):
             raise CheckpointError(f"{checkpoint.folder} belongs to another configuration.", "Train into another --out.")
         if counters["data_fingerprint"] != self.loader.data_fingerprint:
             raise DataError(

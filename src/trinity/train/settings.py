@@ -1,0 +1,105 @@
+"""What a run was begun with (config.json), and what of it a resume may change: whatever no step's arithmetic reads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trinity.base.durable import write_json
+from trinity.base.errors import ConfigError, DataError
+from trinity.base.lineage import fingerprint, write_lineage
+from trinity.base.run import CONFIG
+from trinity.config.load import config_fingerprint, differences, to_dict
+from trinity.config.run import RunConfig
+from trinity.data.loader import Loader
+
+FREE = (
+    "spike_sigmas",
+    "spike_action",
+    "nonfinite_action",
+    "max_incidents",
+    "save_every_tokens",
+    "evaluate_every_tokens",
+    "evaluate_bytes",
+    "sample_tokens",
+    "keep_checkpoints",
+)  # of train
+
+
+def begin(run: Path, config: RunConfig, loader: Loader, data: Path) -> None:
+    """Record what a new run is made from."""
+    loader.tokenizer.save(run)
+    write_lineage(
+        run,
+        "pretraining run",
+        {"data": loader.data_fingerprint, "tokenizer": loader.tokenizer.fingerprint},
+        {"recipe": config.name, "config": config_fingerprint(config), "seed": config.train.seed},
+    )
+    known = {
+        **_resolved(config),
+        "data": str(data),
+        "data_fingerprint": loader.data_fingerprint,
+        "tokenizer_fingerprint": loader.tokenizer.fingerprint,
+        "begun_with": machine(),
+    }
+    write_json(run / CONFIG, known)  # last: a run that has it has the two others
+
+
+def changes(run: Path, config: RunConfig, loader: Loader) -> list[str]:
+    """The free settings that differ from those of the run, as 'train.key: old -> new'. Writes nothing.
+
+    Raises ConfigError when a locked setting differs, DataError when the data or the tokenizer do.
+    """
+    known = begun(run)
+    locked = differences(_locked(known["config"]), _locked(to_dict(config)))
+    if locked:
+        raise ConfigError(
+            f"{run} was begun with other settings: {'; '.join(locked[:5])}.",
+            "Give the same settings to resume, or another --out.",
+        )
+    for what, ours in (("data", loader.data_fingerprint), ("tokenizer", loader.tokenizer.fingerprint)):
+        if known[f"{what}_fingerprint"] != ours:
+            raise DataError(
+                f"{run} was begun with other {what} ({known[f'{what}_fingerprint']} of {known['data']}, now {ours}).",
+                "Give the data folder the run began with, or another --out.",
+            )
+    return differences(known["config"], to_dict(config))
+
+
+def adopt(run: Path, config: RunConfig) -> None:
+    """Make the changed free settings those of the run."""
+    write_json(run / CONFIG, {**begun(run), **_resolved(config)})
+
+
+def begun(run: Path) -> dict[str, Any]:
+    """config.json of a run; a ConfigError where it is not one."""
+    path = run / CONFIG
+    try:
+        known = json.loads(path.read_bytes())
+        for key in ("config", "data", "data_fingerprint", "tokenizer_fingerprint", "begun_with"):
+            known[key]
+        _locked(known["config"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} does not hold the settings of a run.", "Restore it from a copy, or give another --out."
+        ) from error
+    return known
+
+
+def locked_fingerprint(config: RunConfig) -> str:
+    """A name for all settings that a checkpoint's run must share."""
+    return fingerprint(_locked(to_dict(config)))
+
+
+def machine() -> dict[str, Any]:
+    """What else the bits of a step depend on."""
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+
+
+def _locked(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "train": {key: value for key, value in config["train"].items() if key not in FREE}}
+
+
+def _resolved(config: RunConfig) -> dict[str, Any]:
+    return {"config": to_dict(config), "fingerprint": config_fingerprint(config)}
