@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+HELDOUT = "0.04"  # of documents and, by the same rule, of the modules that questions are made from
 FINE_TUNING_SECONDS = 45.0
 TOKENS_A_PAIR = 48  # of the docstring pairs, marks included
 # What grows and shrinks with the horizon.
@@ -102,7 +103,7 @@ def make_data(story: Story) -> None:
     story.run(
         "tokens",
         *("data", "tokenize", out / "curated", "--tokenizer", out / "tokenizer"),
-        *("--out", out / "tokens", "--heldout", "0.04"),
+        *("--out", out / "tokens", "--heldout", HELDOUT),
     )
 
 
@@ -166,7 +167,7 @@ def audit_context() -> tuple[str, str]:
 def fine_tune(story: Story) -> None:
     out = story.out
     story.tell("Fine-tuning the annealed model on questions made from docstrings")
-    story.run("questions", "data", "questions", "--out", out / "questions")
+    story.run("questions", "data", "questions", "--out", out / "questions", "--heldout", HELDOUT)
     pairs = (out / "questions" / "train.jsonl").read_bytes().count(b"\n")
     epochs = min(2.0, FINE_TUNING_SECONDS * median_speed(out / "run") / (pairs * TOKENS_A_PAIR))
     story.run(

@@ -64,7 +64,7 @@ def demo() -> RunConfig:
         ),
         data=DataConfig(sequence_length=512, buffer_documents=256),
         optim=OptimConfig(muon_lr=0.02, adamw_lr=1e-2, warmup_tokens=48 * 1024, decay_tokens=600 * 1024),
-        balance=BalanceConfig(smebu_lambda=2e-3),
+        balance=BalanceConfig(smebu_lambda=5e-3),
         train=TrainConfig(
             tokens=1536 * 1024,
             batch_tokens=4096,
