@@ -25,23 +25,21 @@ def code_version() -> dict[str, str]:
         found = {"trinity": version("trinity")}
     except PackageNotFoundError:
         found = {"trinity": "source"}
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5
-        )
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return found
-    if commit.returncode == 0:
-        found["commit"] = commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+    # An installed package may lie inside a repository of something else; that one's commit says nothing about us.
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is not None:
+        commit, changes = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+        if commit is not None and changes is not None:
+            found["commit"] = commit + ("+changes" if changes else "")
     return found
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says where this file lies; None without git, outside of a repository, or when it fails."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def environment() -> dict[str, str]:
