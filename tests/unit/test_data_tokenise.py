@@ -91,6 +91,21 @@ def test_the_split_depends_on_the_original_alone(tmp_path: Path, tokenizer: Toke
     assert {document.id for document in made} & held[0] == {d.id for d in made if hash_share(d.id) < 0.25}
 
 
+def test_a_text_made_from_several_originals_is_held_out_if_any_of_them_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    made = numbered(40)
+    held = next(document for document in made if hash_share(document.id) < 0.25)
+    trained = [document for document in made if hash_share(document.id) >= 0.25][:3]
+    for number, order in enumerate([[held, *trained], [*trained, held]]):
+        children = [Document("The same summary of several.", "x", "docs", parents=(parent.id,)) for parent in order]
+        copy = Document("The same summary of several.", "y", "docs")
+        folder = documents_folder(tmp_path / f"d{number}", [*made, children[0], copy, *children[1:]])
+        tokenise(folder, tokenizer, tmp_path / f"t{number}", 0.25)
+        tokens = TokenFolder.open(tmp_path / f"t{number}")
+        assert copy.id in tokens.heldout.described("id")
+        assert not set(tokens.heldout.described("id")) & set(tokens.train.described("id"))
+        assert {parent.id for parent in trained} < set(tokens.train.described("id"))
+
+
 def sides(count: int, fraction: float) -> int:
     rows = [{"id": document.id, "parents": None} for document in numbered(count)]
     chosen = Sides(rows, fraction)

@@ -10,7 +10,11 @@
     lineage.json, manifest.json
 
 Which split a document belongs to depends on nothing but the hash of the text it descends from: copies of a text, and a
-text and what was made from it, are on the same side in every folder.
+text and what was made from it, are on the same side in every folder. One text that was made from several originals is
+held out if any of them is.
+
+The tokenizer was trained on whatever documents its maker gave it, held-out ones included: it has seen how often their
+byte pairs occur, which is all it keeps of them.
 """
 
 from array import array
@@ -122,9 +126,18 @@ class Sides:
 
     def __init__(self, rows: Iterable[dict[str, Any]], fraction: float) -> None:
         self._share: dict[str, float] = {}
+        children: set[str] = (
+            set()
+        )  # equal texts stay together, whether all of them know what they were made from or not
         for row in rows:
-            # Of equal texts with different parents the first decides, so that equal texts stay together.
-            self._share.setdefault(row["id"], hash_share(row["parents"][-1] if row["parents"] else row["id"]))
+            id, parents = row["id"], row["parents"]
+            share = hash_share(parents[-1] if parents else id)
+            if parents and id in children:
+                self._share[id] = min(share, self._share[id])  # held out if one of its originals is
+            elif parents or id not in self._share:
+                self._share[id] = share
+            if parents:
+                children.add(id)
         shares = set(self._share.values())
         self._limit = fraction
         if fraction and len(shares) > 1 and fraction <= min(shares):
