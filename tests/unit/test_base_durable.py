@@ -17,6 +17,7 @@ from trinity.base.durable import (
     MANIFEST,
     folder_aside,
     recover,
+    refusing_disk,
     seal,
     unsealed_differences,
     verify_seal,
@@ -81,6 +82,24 @@ def test_a_refusing_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.
     refused = OSError(number, os.strerror(number))
     with failing_at(monkeypatch, "replace", 1, refused), pytest.raises(StorageError, match="cannot be written"):
         write_durably(tmp_path / "file", NEW)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+@pytest.mark.parametrize("named", ["out", "out/part/a", ".out.writing-7/a", ".", b"out/a", 5, None])
+def test_a_refused_write_of_the_target_is_told_as_one(tmp_path: Path, monkeypatch, number: int, named: object):
+    monkeypatch.chdir(tmp_path)
+    for target in (Path("out"), tmp_path / "out"):
+        with pytest.raises(StorageError, match="out cannot be written"), refusing_disk(target):
+            raise OSError(number, os.strerror(number), named)
+
+
+@pytest.mark.parametrize("named", ["source/a", "outer", ".outer.writing-7", "/etc/shadow", b"../out"])
+def test_a_source_that_may_not_be_read_is_not_told_as_the_target(tmp_path: Path, monkeypatch, named: str | bytes):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PermissionError) as caught, folder_aside(Path("out")) as aside:
+        fill(aside, NEW)
+        raise PermissionError(errno.EACCES, "Permission denied", named)
+    assert caught.value.filename == named and not list(tmp_path.iterdir())
 
 
 KILL_SCRIPT = """

@@ -29,7 +29,10 @@ _NOT_OFFERED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 @contextmanager
 def refusing_disk(target: Path) -> Iterator[None]:
-    """Turn the disk's refusals (full, read-only, quota) while writing `target` into one clear StorageError."""
+    """Turn the disk's refusals (full, read-only, quota) while writing `target` into one clear StorageError.
+
+    A refusal of another path, such as a source that may not be read, stays the OSError that names it.
+    """
     try:
         yield
     except OSError as error:
@@ -39,11 +42,23 @@ def refusing_disk(target: Path) -> Iterator[None]:
                 f"The disk is full: writing {target} failed with {show_bytes(free)} free.",
                 "Nothing saved before was touched. Free some space and run the same command again.",
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and _is_about(error, target):
             raise StorageError(
                 f"{target} cannot be written: {error.strerror}.", "Choose a folder you may write to."
             ) from error
         raise
+
+
+def _is_about(error: OSError, target: Path) -> bool:
+    """Whether an error names no path, or one that writing `target` touches: itself, what lies in it or aside of it, or
+    a folder it lies in."""
+    if not isinstance(error.filename, str | bytes | os.PathLike):
+        return True
+    named, absolute = Path(os.path.abspath(os.fsdecode(error.filename))), Path(os.path.abspath(target))
+    if absolute.is_relative_to(named):
+        return True
+    first = named.relative_to(absolute.parent).parts[0] if named.is_relative_to(absolute.parent) else ""
+    return first == absolute.name or first.startswith(f".{absolute.name}.")
 
 
 def sync_folder(folder: Path) -> None:
