@@ -1,12 +1,14 @@
 """What the guard does about spikes and non-finite values, on the guard alone and in a real run."""
 
 import dataclasses
+import errno
 import json
 import math
 import shutil
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trinity.base.durable import seal
 from trinity.base.errors import ConfigError, DataError, StorageError, TrainingHalted
@@ -15,6 +17,7 @@ from trinity.config.load import override
 from trinity.config.train import TrainConfig
 from trinity.recipes.table import recipe
 from trinity.train import loop
+from trinity.train.board import Board
 from trinity.train.guard import Guard
 from trinity.train.settings import FREE
 
@@ -163,8 +166,6 @@ def test_a_rollback_without_a_checkpoint_stops(debug_data, tmp_path, monkeypatch
 
 
 def test_a_full_disk_while_saving_loses_nothing(debug_data, tmp_path, monkeypatch):
-    import errno
-
     from trinity.ckpt import folder
 
     original, calls = folder.save_file, []
@@ -223,3 +224,43 @@ def test_other_data_is_refused_before_the_first_save(debug_data, tmp_path, monke
     with pytest.raises(DataError, match="other data"):
         run(other, tmp_path / "run", "train.nonfinite_action=stop")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+class FullDisk:
+    """A file whose every write the disk refuses, at closing too."""
+
+    def write(self, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    flush = close = write
+
+
+def test_a_disk_full_for_tensorboard_is_said_once_and_survived(debug_data, tmp_path, monkeypatch):
+    original, calls = Board.scalar, []
+
+    def scalar(board, *values):
+        calls.append(values)
+        if len(calls) == 9:
+            board._file.close()
+            board._file = FullDisk()
+        original(board, *values)
+
+    monkeypatch.setattr(Board, "scalar", scalar)
+    state, said, lines = run(debug_data, tmp_path / "run")
+    assert state.step == 12 and sum(line["kind"] == "step" for line in lines) == 12
+    assert [sentence for sentence in said if "TensorBoard" in sentence] == [
+        "TensorBoard events cannot be written (No space left on device); the run goes on without them."
+    ]
+
+
+def test_tensorboard_reads_the_events(tmp_path):
+    board = Board(tmp_path, 0, pytest.fail)
+    for step in (1, 2, 3):
+        board.scalar("train/loss", 3.0 - step, step)
+    board.histogram("expert_load/layer_0", torch.tensor([0.2, 0.8]), 3)
+    board.text("sample", "def ", 3)
+    board.purge(1)
+    board.scalar("train/loss", 9.0, 2)
+    board.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 9.0)]

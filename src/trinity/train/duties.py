@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from trinity.balance.health import Health, measure
 from trinity.base.run import MetricsLog
@@ -17,6 +16,7 @@ from trinity.data.heldout import heldout_documents
 from trinity.data.mix import HeldoutDocument
 from trinity.model.generate import continue_greedily
 from trinity.text.tokenizer import Tokenizer
+from trinity.train.board import Board
 from trinity.train.evaluate import score_documents, total
 from trinity.train.state import TrainState
 from trinity.train.step import Measured
@@ -50,7 +50,7 @@ class Duties:
     ) -> None:
         self.run, self.config, self.say = run, config, say
         self.metrics = MetricsLog(run, resume_step)
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        self.board = Board(run / "tensorboard", resume_step, say)
         self.heldout = within(heldout_documents(data), config.train.evaluate_bytes, tokenizer)
         self.bits_per_byte: float | None = None
 
@@ -77,13 +77,13 @@ class Duties:
             "seconds": round(seconds, 4),
         }
         for name in ("loss", "grad_norm", "batch_het", "max_violation", "dead_experts", "load_entropy", "lr_muon"):
-            self.board.add_scalar(f"train/{name}", values[name], state.step)
-        self.board.add_scalar("speed/tokens_per_second", speed, state.step)
+            self.board.scalar(f"train/{name}", values[name], state.step)
+        self.board.scalar("speed/tokens_per_second", speed, state.step)
         if sparse and (state.step % LOAD_EVERY == 0 or state.step == 1):
             share = measured.counts.double() / measured.counts.sum(-1, keepdim=True)
             values["expert_load"] = [[round(value, 5) for value in layer] for layer in share.tolist()]
             for layer, load in enumerate(share):
-                self.board.add_histogram(f"expert_load/layer_{layer}", load, state.step)
+                self.board.histogram(f"expert_load/layer_{layer}", load, state.step)
         self.metrics.write("step", state.step, **values)
         alarm = state.guard.alarm.observe(values["max_violation"])
         if alarm:
@@ -123,7 +123,7 @@ class Duties:
             loss=score.loss,
             bytes=score.bytes,
         )
-        self.board.add_scalar("heldout/bits_per_byte", score.bits_per_byte, state.step)
+        self.board.scalar("heldout/bits_per_byte", score.bits_per_byte, state.step)
         if self.config.train.sample_tokens:
             self._sample(state)
 
@@ -135,7 +135,7 @@ class Duties:
         new = continue_greedily(state.model, ids, min(self.config.train.sample_tokens, room), {tokenizer.eos_id})
         text = tokenizer.decode(new)
         self.metrics.write("sample", state.step, prompt=prompt, text=text)
-        self.board.add_text("sample", f"{prompt}|{text}", state.step)
+        self.board.text("sample", f"{prompt}|{text}", state.step)
 
     def save(self, state: TrainState) -> None:
         """A checkpoint, then the pointer, then the old ones go."""
