@@ -107,6 +107,13 @@ def test_the_stream_depends_on_the_seed_and_not_on_the_batch_size(folder: Path) 
     assert not torch.equal(rows, Loader(folder, config(), 2).next_batch(6).tokens)
 
 
+def test_a_small_corpus_is_not_held_live_in_many_copies(make: Callable[[str, int], Path]) -> None:
+    loader = Loader(make("few", 6), DataConfig(sequence_length=ROW, buffer_documents=256), 0)
+    for _ in range(40):
+        loader.next_batch(1)
+        assert len(loader.state()["buffer"]["documents"]) <= 2 * loader.corpus.num_documents
+
+
 def test_a_state_of_other_data_is_refused(folder: Path, shared_folder: Path) -> None:
     state = Loader(folder, config(), 0).state()
     with pytest.raises(DataError, match="holds other data"):

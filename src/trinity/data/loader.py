@@ -34,7 +34,9 @@ class Loader:
         self.data_fingerprint = self.corpus.fingerprint
         self._config = config
         order = self.corpus.order(seed)
-        self._buffer = DocumentBuffer(order, self.corpus.length, config.buffer_documents, seed)
+        # More places than documents would hold nothing but further copies of the same ones.
+        capacity = min(config.buffer_documents, self.corpus.num_documents)
+        self._buffer = DocumentBuffer(order, self.corpus.length, capacity, seed)
 
     def next_batch(self, rows: int) -> Batch:
         """The next `rows` rows of config.sequence_length tokens."""
