@@ -1,7 +1,10 @@
 """Ingest: every kind of file in, deterministic order and sources, and everything broken named, counted or refused."""
 
+import errno
 import gzip
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +13,7 @@ import pytest
 import zstandard
 
 from trinity.base.errors import DataError
+from trinity.data import ingest as ingesting
 from trinity.data import readers
 from trinity.data.documents import Document, read_documents
 from trinity.data.ingest import IngestSummary, ingest
@@ -171,3 +175,57 @@ def test_docstrings_as_a_readable_text() -> None:
     assert [module_name(name) for name in ("json/__init__.py", "os.py")] == ["json", "os"]
     topics = list(topic_documents("topics = {'b': 'The b.\\n', 'a': 'The a.'}"))
     assert [document.text for document in topics] == ["The a.", "The b.\n"]
+
+
+@pytest.fixture
+def deny(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes the system refuse to open a file or list a folder; file modes mean nothing to an administrator."""
+    denied: set[str] = set()
+
+    def refusing(function: Callable) -> Callable:
+        def opened(path, *given, **named):
+            if str(path) in denied:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return function(path, *given, **named)
+
+        return opened
+
+    monkeypatch.setattr(Path, "open", refusing(Path.open))
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+    return lambda path: denied.add(str(path))
+
+
+def test_what_the_system_refuses_to_show_is_recorded(tmp_path: Path, corpus: Path, deny: Callable) -> None:
+    for refused in (corpus / "a.md", corpus / "d.jsonl", corpus / "f.jsonl.zst", corpus / "deep" / "er"):
+        deny(refused)
+    summary, documents, ledger = read(tmp_path, corpus)
+    refused = [(line["source"], line["detail"]) for line in ledger if line["rule"] == "unreadable"]
+    names = ("a.md", "d.jsonl", "deep/er", "f.jsonl.zst")
+    assert refused == [(f"corpus/{name}", "Permission denied") for name in names]
+    assert summary.skipped["unreadable"] == 4 and documents[0].source == "corpus/b.txt"
+    with pytest.raises(DataError, match=r"^corpus/a.md: unreadable \(Permission denied\)\."):
+        read(tmp_path, corpus, strict=True)
+
+
+@pytest.mark.parametrize("name", ["b.txt", "."])
+def test_a_source_that_cannot_be_read_is_not_blamed_on_the_folder_to_write(
+    tmp_path: Path, corpus: Path, deny: Callable, name: str
+) -> None:
+    deny(corpus / name)
+    with pytest.raises(DataError, match=r"No document could be read .* first .*[Uu]nreadable"):
+        read(tmp_path, corpus / name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_whose_name_looks_like_a_file_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt" / "deep.md").mkdir(parents=True)
+    (tmp_path / "notes.txt" / "deep.md" / "a.txt").write_text("words")
+    _, documents, _ = read(tmp_path, tmp_path / "notes.txt")
+    assert [document.source for document in documents] == ["notes.txt/deep.md/a.txt"]
+
+
+def test_a_module_of_the_library_that_cannot_be_read_is_recorded(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ingesting, "library_files", lambda: [("abc.py", 9), ("no_such_module.py", 9)])
+    summary, documents, ledger = read(tmp_path, Path("stdlib"))
+    assert documents[0].source == "abc.py" and summary.skipped == {"unreadable": 1}
+    assert ledger[0]["source"] == "no_such_module.py" and "No such file" in ledger[0]["detail"]

@@ -1,5 +1,6 @@
 """Question pairs from docstrings: what is asked, what is left out, and the held-out side of the token folder."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from trinity.align.conversations import read_conversations
 from trinity.base.durable import unsealed_differences
 from trinity.base.lineage import read_lineage
 from trinity.cli.main import main
-from trinity.data import questions
+from trinity.data import questions, stdlib
 from trinity.data.documents import writing_documents
 from trinity.data.questions import LONGEST_ANSWER, docstring_pairs, write_questions
 from trinity.data.stdlib import library_folder, module_documents, module_name
@@ -54,7 +55,7 @@ def library(tmp_path: Path, monkeypatch) -> Path:
     sources = {"package/__init__.py": MODULE, "_private.py": MODULE, "broken.py": "def ("}
     for name, source in sources.items():
         (folder / name).write_text(source)
-    monkeypatch.setattr(questions, "library_folder", lambda: folder)
+    monkeypatch.setattr(stdlib, "library_folder", lambda: folder)
     monkeypatch.setattr(questions, "library_files", lambda: [(name, len(text)) for name, text in sources.items()])
     return folder
 
@@ -129,3 +130,13 @@ def test_the_command_counts_what_it_wrote(library: Path, tmp_path: Path, capsys)
     assert "A held-out share of 1.5 is impossible" in capsys.readouterr().err and not (tmp_path / "none").exists()
     assert main(["data", "questions", "--out", str(tmp_path / "out")]) == 0
     assert f"{told['train']} pairs in {tmp_path / 'out' / 'train.jsonl'}" in capsys.readouterr().out
+
+
+def test_a_module_that_cannot_be_read_is_named_and_not_the_folder_to_write(library, tmp_path, capsys, monkeypatch):
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # file modes mean nothing to an administrator
+    assert main(["data", "questions", "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "package/__init__.py cannot be read: Permission denied" in error and str(tmp_path / "out") not in error

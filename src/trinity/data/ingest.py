@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trinity.base.errors import DataError
-from trinity.data.documents import writing_documents
+from trinity.base.lineage import LINEAGE
+from trinity.data.documents import Document, writing_documents
 from trinity.data.ledger import Ledger
-from trinity.data.readers import KIND_OF_SUFFIX, Trouble, read_file, suffix_of
+from trinity.data.readers import KIND_OF_SUFFIX, UNREADABLE, Trouble, read_file, suffix_of
 from trinity.data.stdlib import library_files, module_documents
 
 STDLIB = "stdlib"
@@ -25,6 +26,7 @@ class SourceFile:
     path: Path
     name: str  # how documents from it name their source
     size: int  # bytes
+    trouble: str = ""  # why the system lets nobody look at it
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,7 @@ def ingest(
         out, {"sources": sources}, {"command": "data ingest", "text_field": text_field, "strict": strict}
     ) as (writer, ledger):
         for source, file in files:
-            for found in (
-                module_documents(file.name) if source == STDLIB else read_file(file.path, file.name, text_field)
-            ):
+            for found in library_module(file) if source == STDLIB else read_source(file, text_field):
                 if isinstance(found, Trouble):
                     record(found, ledger, strict)
                 elif not found.text.strip():
@@ -81,6 +81,20 @@ def ingest(
     return IngestSummary(
         str(out), writer.documents, writer.bytes, dict(sorted(kinds_seen.items())), dict(ledger.counts), dict(ignored)
     )
+
+
+def read_source(file: SourceFile, text_field: str) -> Iterator[Document | Trouble]:
+    if file.trouble:
+        yield Trouble(file.name, UNREADABLE, file.trouble)
+    else:
+        yield from read_file(file.path, file.name, text_field)
+
+
+def library_module(file: SourceFile) -> Iterator[Document | Trouble]:
+    try:
+        yield from module_documents(file.name)
+    except DataError as error:
+        yield Trouble(file.name, UNREADABLE, str(error.__cause__))
 
 
 def record(trouble: Trouble, ledger: Ledger, strict: bool) -> None:
@@ -111,24 +125,33 @@ def source_files(source: str, ignored: Counter[str]) -> list[SourceFile]:
     if not root.is_dir():
         raise DataError(f"{root} does not exist.", f"Give a folder, a file, or the word '{STDLIB}'.")
     found = []
-    for path in walk(root):
-        if suffix_of(path.name) in KIND_OF_SUFFIX:
+    for path, size, trouble in walk(root):
+        if trouble or suffix_of(path.name) in KIND_OF_SUFFIX:
             name = Path(root.resolve().name, path.relative_to(root)).as_posix()
-            found.append(SourceFile(path, name, path.stat().st_size))
+            found.append(SourceFile(path, name, size, trouble))
         else:
             ignored[path.suffix.lower() or "no suffix"] += 1
     return sorted(found, key=lambda file: file.name)
 
 
-def walk(root: Path) -> Iterator[Path]:
-    """Files below a folder; hidden ones, byte code and sealed folders of ours (an earlier --out) are passed over."""
-    for place, folders, files in os.walk(root):
+def walk(root: Path) -> Iterator[tuple[Path, int, str]]:
+    """(path, bytes, trouble) of the files below a folder, and of folders and files that the system refuses to show.
+
+    Hidden ones, byte code and sealed folders of ours (an earlier --out) are passed over.
+    """
+    refused: list[OSError] = []
+    for place, folders, files in os.walk(root, onerror=refused.append):
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".") and name != "__pycache__" and not Path(place, name, "lineage.json").exists()
+            if not name.startswith(".") and name != "__pycache__" and not os.path.exists(Path(place, name, LINEAGE))
         )
         for name in sorted(files):
             path = Path(place, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
+            try:
+                if not name.startswith(".") and path.is_file():
+                    yield path, path.stat().st_size, ""
+            except OSError as error:
+                refused.append(error)
+    for error in refused:
+        yield Path(error.filename), 0, error.strerror or str(error)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from trinity.base.durable import folder_aside, sha256_text
 from trinity.base.lineage import write_lineage
-from trinity.data.stdlib import library_files, library_folder, module_name, parsed
+from trinity.data.stdlib import library_files, module_name, module_text, parsed
 from trinity.data.tokenise import HELDOUT_FRACTION, hash_share, refuse_impossible_share
 
 LONGEST_ANSWER = 400  # characters; a longer first paragraph is left out rather than cut in the middle of a thought
@@ -57,7 +57,7 @@ def docstring_pairs() -> Iterator[Pair]:
     for name, _ in library_files():
         if name.startswith("_"):  # private modules answer nobody's question
             continue
-        source = (library_folder() / name).read_bytes().decode("utf-8", "replace")
+        source = module_text(name)
         try:
             tree = parsed(source)
         except SyntaxError:

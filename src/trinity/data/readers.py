@@ -27,6 +27,7 @@ KIND_OF_SUFFIX = {
     ".jsonl.zst": "prose",
     ".parquet": "prose",
 }
+UNREADABLE = "unreadable"
 # A long .txt or .md (a book, a whole corpus in one file) is cut at blank lines into parts of about this many
 # characters, so that part of it can be held out and memory stays small. Code, JSONL and Parquet are never cut.
 PART_CHARACTERS = 64 * 1024
@@ -59,7 +60,7 @@ def read_file(path: Path, name: str, text_field: str) -> Iterator[Document | Tro
         else:
             yield from read_text(path, name, KIND_OF_SUFFIX[suffix], whole=suffix == ".py")
     except OSError as error:
-        yield Trouble(name, "unreadable", error.strerror or str(error))
+        yield Trouble(name, UNREADABLE, error.strerror or str(error))
 
 
 def read_text(path: Path, name: str, kind: str, whole: bool) -> Iterator[Document | Trouble]:

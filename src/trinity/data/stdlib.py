@@ -50,8 +50,11 @@ def library_files() -> list[tuple[str, int]]:
 
 
 def module_documents(name: str) -> Iterator[Document]:
-    """The documents one module gives: none for a table or an empty file, else its source and perhaps its docstrings."""
-    text = (library_folder() / name).read_bytes().decode("utf-8", "replace")
+    """The documents one module gives: none for a table or an empty file, else its source and perhaps its docstrings.
+
+    Raises DataError for a module that cannot be read.
+    """
+    text = module_text(name)
     if name == TOPICS:
         yield from topic_documents(text)
         return
@@ -62,6 +65,15 @@ def module_documents(name: str) -> Iterator[Document]:
     described = docstrings(text, module_name(name))
     if described:
         yield Document(described, f"{name}:docs", "docs", LICENCE, (code.id,))
+
+
+def module_text(name: str) -> str:
+    """The source of a module. Raises DataError for one that cannot be read."""
+    path = library_folder() / name
+    try:
+        return path.read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.", "Mend this Python's installation.") from error
 
 
 def topic_documents(source: str) -> Iterator[Document]:
