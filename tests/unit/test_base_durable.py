@@ -253,6 +253,19 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path):
     recover(tmp_path / "nowhere")
 
 
+def test_writing_a_folder_first_mends_what_a_kill_left_of_it(tmp_path: Path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with folder_aside(tmp_path / "out") as aside:
+        fill(aside, OLD)
+    (tmp_path / "out").rename(tmp_path / f".out.retired-{ended.pid}")
+    (tmp_path / f".out.writing-{ended.pid}").mkdir()
+    with pytest.raises(RuntimeError), folder_aside(tmp_path / "out") as aside:
+        raise RuntimeError("halfway")
+    verify_seal(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def synced_inodes(monkeypatch: pytest.MonkeyPatch, write: Callable[[], None]) -> list[int]:
     """Inodes handed to os.fsync while `write` runs, and -1 where a name moved into place."""
     events, fsync, replace = [], os.fsync, os.replace
