@@ -132,6 +132,8 @@ def test_a_rollback_returns_to_the_newest_checkpoint_and_never_rereads_the_data(
     Poison(monkeypatch, {8})
     state, said, lines = run(debug_data, tmp_path / "run", "train.nonfinite_action=rollback")
     assert any("rolled back to step 6" in sentence for sentence in said)
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 13)), "one history, not two"
+    assert [(line["step"], line["action"]) for line in lines if line["kind"] == "guard"] == [(8, "rollback")]
     assert state.step == 12 and state.tokens == 12 * 1024
     served = 13 * 1024  # 12 steps and the poisoned one, plus step 7, whose update was lost with the weights
     fresh = loop.Loader(debug_data, run_config().data, 0)
@@ -149,6 +151,77 @@ def test_a_divergence_after_a_checkpoint_is_not_rolled_back_without_end(debug_da
     Poison(monkeypatch, set(range(2, 100, 2)))
     with pytest.raises(TrainingHalted, match="roll-back 3 to the same checkpoint"):  # a resume replays the same
         run(debug_data, tmp_path / "run", *settings)
+
+
+def test_the_pre_anneal_checkpoint_is_of_the_branch_the_run_ends_in(debug_data, tmp_path, monkeypatch):
+    Poison(monkeypatch, {12})  # the rate falls from step 11 on; the newest checkpoint is of step 9
+    folder = tmp_path / "run"
+    state, said, _ = run(debug_data, folder, "train.nonfinite_action=rollback")
+    assert sum("pre-anneal" in sentence for sentence in said) == 2
+    kept = loop.read_checkpoint(folder / "checkpoints" / "pre-anneal")
+    assert kept.state["step"] == 11
+    fresh = loop.Loader(debug_data, run_config().data, 0)
+    for _ in range((9 + 3 + 2) * 1024 // (128 * 4)):  # 9 steps, 3 of the abandoned branch, and two of them again
+        fresh.next_batch(4)
+    assert kept.state["loader"] == fresh.state()
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_an_incident_right_after_a_resume_is_as_in_the_unbroken_run(debug_data, tmp_path, monkeypatch, action):
+    original = loop.accumulate
+    settings = [f"train.nonfinite_action={action}", "train.tokens=9K"]
+
+    def scripted(bad: set[int], killed_at: int = 0) -> None:
+        monkeypatch.setattr(loop, "accumulate", original)
+        Poison(monkeypatch, bad)
+        poisoned, calls = loop.accumulate, iter(range(1, 1000))
+
+        def accumulate(*arguments):
+            if next(calls) == killed_at:
+                raise Killed
+            return poisoned(*arguments)
+
+        monkeypatch.setattr(loop, "accumulate", accumulate)
+
+    scripted({4, 5})
+    unbroken, _, lines = run(debug_data, tmp_path / "unbroken", *settings)
+    for bad, killed_at in (({4, 5}, 6), ({1, 2}, 3)):  # the second one is a resume, and killed again
+        scripted(bad, killed_at)
+        with pytest.raises(Killed):
+            run(debug_data, tmp_path / "killed", *settings)
+    scripted({1, 2})
+    state, _, killed_lines = run(debug_data, tmp_path / "killed", *settings)
+    assert state.guard.state() == unbroken.guard.state() and state.loader.state() == unbroken.loader.state()
+    for name, tensor in unbroken.model.state_dict().items():
+        assert torch.equal(tensor, state.model.state_dict()[name]), name
+    resumes = [line for line in killed_lines if line["kind"] == "resume"]
+    assert [line["step"] for line in resumes] == [3, 3]
+    assert all(line["torch"] == torch.__version__ and line["threads"] and line["code"] for line in resumes)
+
+    def untimed(lines: list[dict]) -> list[dict]:
+        return [
+            {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")}
+            for line in lines
+            if line["kind"] != "resume"
+        ]
+
+    assert untimed(killed_lines) == untimed(lines)
+
+
+def test_another_number_of_threads_or_torch_is_said_on_resume(debug_data, tmp_path, monkeypatch):
+    Poison(monkeypatch, {8})
+    with pytest.raises(TrainingHalted):
+        run(debug_data, tmp_path / "run", "train.nonfinite_action=stop")
+    path = tmp_path / "run" / "config.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({**known, "begun_with": {"torch": "1.0", "threads": 77}}))
+    _, said, _ = run(debug_data, tmp_path / "run", "train.nonfinite_action=skip")
+    (sentence,) = [sentence for sentence in said if "bits may differ" in sentence]
+    assert "torch 1.0" in sentence and "threads 77" in sentence
 
 
 def test_a_stop_says_why_and_leaves_the_last_checkpoint_whole(debug_data, tmp_path, monkeypatch):

@@ -94,6 +94,7 @@ def test_killed_runs_end_in_the_weights_of_the_unbroken_one(debug_data, unbroken
         [
             {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
             for line in read_lines(r / "metrics.jsonl")
+            if line["kind"] != "resume"
         ]
         for r in (run, unbroken)
     ]

@@ -1,5 +1,6 @@
 """What a run does besides stepping: log, evaluate, sample, save. Each duty is due every so many tokens."""
 
+import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from itertools import accumulate
@@ -9,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from trinity.balance.health import Health, measure
-from trinity.base.run import MetricsLog
+from trinity.base.durable import write_durably
+from trinity.base.lineage import code_version
+from trinity.base.run import MetricsLog, read_lines
 from trinity.ckpt.folder import PRE_ANNEAL, point_to, prune
 from trinity.config.run import RunConfig
 from trinity.data.heldout import heldout_documents
@@ -18,6 +21,7 @@ from trinity.model.generate import continue_greedily
 from trinity.text.tokenizer import Tokenizer
 from trinity.train.board import Board
 from trinity.train.evaluate import score_documents, total
+from trinity.train.settings import begun, machine
 from trinity.train.state import TrainState
 from trinity.train.step import Measured
 
@@ -102,6 +106,24 @@ class Duties:
         self.metrics.write("guard", step, what=what, action=action)
         self.say(f"step {step}: {what} -> {action}")
 
+    def rolled_back(self, step: int) -> None:
+        """Drop what was logged of the steps after `step`, which are run again; the guard's lines stay."""
+        self.metrics.close()
+        lines = list(read_lines(self.metrics.path))
+        kept = [line for line in lines if line["step"] <= step or line["kind"] == "guard"]
+        write_durably(self.metrics.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.metrics = MetricsLog(self.run, max(line["step"] for line in lines))
+        self.board.purge(step)
+
+    def resumed(self, state: TrainState) -> None:
+        """Record by what the run goes on, and say so where bits may differ from those of a run that was not killed."""
+        here = machine()
+        self.metrics.write("resume", state.step, tokens=state.tokens, **here, code=code_version())
+        before = begun(self.run)["begun_with"]
+        unlike = [f"{name} {before.get(name)}, now {here[name]}" for name in here if before.get(name) != here[name]]
+        if unlike:
+            self.say(f"begun with {'; '.join(unlike)}: from here on bits may differ from those of an unbroken run")
+
     def changed(self, step: int, changes: list[str]) -> None:
         """Settings that a resume changed; all are of the kind that no step's arithmetic reads."""
         self.metrics.write("settings", step, changes=changes)
@@ -144,10 +166,12 @@ class Duties:
         prune(self.run, self.config.train.keep_checkpoints)
 
     def save_pre_anneal(self, state: TrainState) -> None:
-        """The checkpoint before the learning rate falls: kept for good, what a TrueBase is cut from."""
-        if not (self.run / "checkpoints" / PRE_ANNEAL).exists():
-            state.save(self.run, PRE_ANNEAL, self.config)
-            self.say(f"step {state.step}: pre-anneal checkpoint kept at {state.tokens:,} tokens")
+        """The checkpoint before the learning rate falls: kept for good, what a TrueBase is cut from.
+
+        Written whenever that point is passed: after a roll-back it must be of the branch that the run ends in.
+        """
+        state.save(self.run, PRE_ANNEAL, self.config)
+        self.say(f"step {state.step}: pre-anneal checkpoint kept at {state.tokens:,} tokens")
 
     def close(self) -> None:
         self.metrics.close()

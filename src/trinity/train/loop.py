@@ -43,6 +43,8 @@ def train(
                 say(f"{run} is complete at {state.tokens:,} tokens; nothing to do.")
             elif state.step == 0:
                 duties.evaluate(state)
+            else:
+                duties.resumed(state)
             _advance(state, config, run, duties, show)
         finally:
             duties.close()
@@ -100,6 +102,7 @@ def _roll_back(state: TrainState, config: RunConfig, run: Path, duties: Duties) 
             "Lower the learning rates, or set train.save_every_tokens lower.",
         )
     state.restore(read_checkpoint(checkpoint), config, keep_loader=True)
+    duties.rolled_back(state.step)
     duties.say(f"rolled back to step {state.step}; the data read since is not read again")
 
 
