@@ -27,7 +27,7 @@ CEILINGS = {
     "report": 850,
     "serve": 1400,
     "text": 450,
-    "train": 950,
+    "train": 1200,
 }
 
 

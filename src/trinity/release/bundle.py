@@ -5,7 +5,6 @@ private key is read where it lies and never copied.
 """
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,9 +16,9 @@ import torch
 from trinity.base.durable import (
     MANIFEST,
     folder_aside,
+    move_into_place,
     refusing_disk,
     sha256_file,
-    sync_folder,
     write_durably,
 )
 from trinity.base.errors import CheckpointError, UsageError, VerificationError
@@ -66,7 +65,8 @@ def release_model(
         verdict = verify_release(staged)
         if not verdict.holds:
             raise VerificationError(f"The new release does not verify: {'; '.join(verdict.problems)}.", "Try again.")
-        _move(staged, out)
+        with refusing_disk(out):
+            move_into_place(staged, out)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
@@ -134,15 +134,3 @@ def _refuse_places(source: Path, out: Path, private_key: Path) -> None:
         raise UsageError(f"{out} lies inside the model it would release.", "Choose another --out.")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / SIGNATURE).exists())):
         raise UsageError(f"{out} exists and is not a release.", "Choose another --out, or remove it yourself.")
-
-
-def _move(staged: Path, out: Path) -> None:
-    with refusing_disk(out):
-        if out.exists():
-            retired = out.with_name(f".{out.name}.retired-{os.getpid()}")
-            os.replace(out, retired)
-            os.replace(staged, out)
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            os.replace(staged, out)
-        sync_folder(out.parent)
