@@ -14,6 +14,7 @@ from trinity.data.curate import (
     top_ngram_share,
 )
 from trinity.data.documents import Document, read_documents, writing_documents
+from trinity.data.tokenise import hash_share
 
 PROSE = "A fair sentence of ordinary length says something once, and then it ends without any repetition."
 
@@ -68,3 +69,16 @@ def test_duplicates_leave_one_with_the_count_and_every_drop_is_written_down(tmp_
     assert curate(tmp_path / "out", tmp_path / "out").documents == 2  # a folder may be curated onto itself
     with pytest.raises(DataError, match=r"No document of .* stays: 2 were dropped, first x.txt: too short"):
         curate(folder("bad", [Document("x", "x.txt", "prose"), Document("y", "y.txt", "prose")]), tmp_path / "none")
+
+
+def test_the_copy_that_stays_knows_the_original_that_is_held_out_first(tmp_path: Path) -> None:
+    originals = [Document(f"{PROSE} {number}", f"{number}.txt", "prose") for number in range(5)]
+    copy = Document(PROSE, "copy.txt", "prose")
+    children = [Document(PROSE, "child", "prose", parents=(original.id,)) for original in originals]
+    with writing_documents(tmp_path / "in", {}, {}) as (writer, _):
+        for document in [copy, *originals, *children]:
+            writer.write(document)
+    curate(tmp_path / "in", tmp_path / "out")
+    kept = list(read_documents(tmp_path / "out"))
+    assert len(kept) == 6 and kept[0].copies == 6
+    assert kept[0].root == min((original.id for original in originals), key=hash_share)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trinity.base.errors import DataError
 from trinity.data.documents import content_fingerprint, promised_files, read_documents, read_rows, writing_documents
+from trinity.data.tokenise import hash_share
 
 SHORTEST_CHARACTERS = 32
 NOT_PROSE = ("code", "json")
@@ -88,10 +89,10 @@ class CurateSummary:
 def curate(folder: Path, out: Path, progress: Callable[[int], None] | None = None) -> CurateSummary:
     """Write those documents of `folder` that stay to `out`, each with its number of copies."""
     promised_files(folder, "documents")
-    copies = count_copies(folder)
+    copies, parents = count_copies(folder)
     seen: set[str] = set()
-    parents = {"documents": content_fingerprint(folder)}
-    with writing_documents(out, parents, {"command": "data curate"}) as (writer, ledger):
+    made_from = {"documents": content_fingerprint(folder)}
+    with writing_documents(out, made_from, {"command": "data curate"}) as (writer, ledger):
         for document in read_documents(folder):
             if document.id in seen:
                 ledger.drop("duplicate", document.source, document.id, copies[document.id])
@@ -101,7 +102,8 @@ def curate(folder: Path, out: Path, progress: Callable[[int], None] | None = Non
                 if broken:
                     ledger.drop(broken[0], document.source, document.id, broken[1])
                 else:
-                    writer.write(replace(document, copies=copies[document.id]))
+                    own = parents.get(document.id, ())
+                    writer.write(replace(document, copies=copies[document.id], parents=own))
             if progress:
                 progress(1)
         if not writer.documents:
@@ -112,9 +114,17 @@ def curate(folder: Path, out: Path, progress: Callable[[int], None] | None = Non
     return CurateSummary(str(out), writer.documents, writer.bytes, dict(ledger.counts))
 
 
-def count_copies(folder: Path) -> Counter[str]:
-    """How often each text occurs, from a pass over ids alone."""
+def count_copies(folder: Path) -> tuple[Counter[str], dict[str, tuple[str, ...]]]:
+    """How often each text occurs, and the parents of those made from others, from a pass that reads no text.
+
+    Of a text with several originals the one that is held out first decides, so that the copy which stays is held out
+    if any original is.
+    """
     counts: Counter[str] = Counter()
-    for row in read_rows(folder, ["id", "copies"]):
-        counts[row["id"]] += row["copies"]
-    return counts
+    parents: dict[str, tuple[str, ...]] = {}
+    for row in read_rows(folder, ["id", "parents", "copies"]):
+        id, own = row["id"], row["parents"]
+        counts[id] += row["copies"]
+        if own and (id not in parents or hash_share(own[-1]) < hash_share(parents[id][-1])):
+            parents[id] = tuple(own)
+    return counts, parents
