@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HELDOUT = "0.04"  # of documents and, by the same rule, of the modules that questions are made from
-FINE_TUNING_SECONDS = 45.0
+FINE_TUNING_SECONDS = 60.0
 TOKENS_A_PAIR = 48  # of the docstring pairs, marks included
 # What grows and shrinks with the horizon.
 SCALED = ("train.evaluate_every_tokens", "train.save_every_tokens", "optim.warmup_tokens", "optim.decay_tokens")
@@ -173,7 +173,8 @@ def fine_tune(story: Story) -> None:
     story.run(
         "chat",
         *("align", "sft", out / "run", "--data", out / "questions" / "train.jsonl", "--out", out / "chat"),
-        *("--set", f"epochs={epochs:.2f}"),
+        *("--set", f"epochs={epochs:.2f}", "--set", "batch_tokens=2048"),
+        *("--set", "muon_lr=0.005", "--set", "adamw_lr=0.003"),  # high, as the rates of this small model's pretraining
     )
     story.run(
         "audit/chat", "audit", out / "chat", "--data", out / "tokens", *audit_context(), "--out", out / "audit/chat"
