@@ -9,8 +9,11 @@ matmul rate is measured beside them; the share printed is model FLOPs (6 x activ
 
 import argparse
 import json
+import os
 import statistics
 import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, for both sides alike
 
 import torch
 from transformers import AfmoeConfig, AfmoeForCausalLM
