@@ -145,3 +145,10 @@ def test_ctrl_c_ends_a_run_in_one_line_and_the_same_command_goes_on(debug_data: 
     assert f"resuming {run} at step" in captured.err and "to step 24" in captured.out
     steps = [line["step"] for line in read_lines(run / "metrics.jsonl") if line["kind"] == "step"]
     assert steps == list(range(1, 25)), "each step once, as if nothing had happened"
+
+
+def test_a_recipe_other_than_debug_asks_for_data(tmp_path, capsys):
+    """Without this a forgotten --data trains for minutes on a corpus of seconds."""
+    assert main(["train", "demo", "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert "needs text" in told and "--data" in told and not (tmp_path / "run").exists()

@@ -153,3 +153,10 @@ def test_chat_command_with_piped_lines(
     assert len(turns) == 4
     assert turns[0] == turns[2]
     assert "/reset starts anew" in captured.err
+
+
+def test_logits_take_nested_lists_and_refuse_what_is_no_batch(loaded: LoadedModel) -> None:
+    torch.testing.assert_close(loaded.logits([[40, 41, 42]]), loaded.logits(torch.tensor([[40, 41, 42]])))
+    for wrong in ([1, 2, 3], "text", [[1, 2], [3]]):
+        with pytest.raises(RequestError, match=r"\[batch, time\]"):
+            loaded.logits(wrong)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,7 +252,8 @@ def show_end(out: Path, seconds: float) -> None:
     print(f"\nDone in {show_seconds(seconds)}. Everything is in {out}:")
     for name, what in places.items():
         print(f"   {out / name!s:<20} {what}")
-    print("\nThree things to try next:")
+    activate = "" if shutil.which("trinity") else " (first: source .venv/bin/activate)"
+    print(f"\nThree things to try next{activate}:")
     print(f"   trinity chat {out / 'chat'}")
     print(f"   trinity serve {out / 'chat'} --port 8000")
     print(f"   trinity train demo --data {out / 'tokens'} --out runs/longer --set train.tokens=8M")

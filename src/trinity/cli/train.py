@@ -4,7 +4,8 @@ Example:
   trinity train debug --out runs/debug
   trinity train demo --data tokens/ --out runs/demo --set train.tokens=2M --set optim.muon_lr=0.01
 
-Without --data, a small corpus is made from this Python's standard library. The same command again resumes. What
+Recipe debug without --data reads a small corpus made from this Python's standard library. The same command again
+resumes. What
 decides no step's arithmetic (the guard, the cadence of saving and evaluating) may be set anew on resume.
 """
 
@@ -41,7 +42,14 @@ def train_recipe(options: argparse.Namespace) -> None:
     from trinity.train.display import TrainingDisplay
     from trinity.train.loop import train
 
-    data = options.data or data_of(options.out) or embedded_corpus(options.out / "data", config.model.vocab_size)
+    data = options.data or data_of(options.out)
+    if data is None:
+        if options.recipe != "debug":
+            raise UsageError(
+                f"Recipe '{options.recipe}' needs text; the embedded corpus is for 'debug' alone.",
+                "Give a token folder with --data, such as demo/tokens after `make demo`.",
+            )
+        data = embedded_corpus(options.out / "data", config.model.vocab_size)
     with TrainingDisplay(config.horizon) as display:
         state = train(config, data, options.out, display.say, display.show)
     result = {"run": str(options.out), "step": state.step, "tokens": state.tokens}

@@ -67,8 +67,15 @@ class LoadedModel:
         return tuple(int(token) for token in text_or_ids)
 
     @torch.inference_mode()
-    def logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """[batch, time] int64 -> [batch, time, vocab] float32: the next-token logits at every place."""
+        if not isinstance(ids, Tensor):
+            try:
+                ids = torch.tensor(ids)
+            except (TypeError, ValueError) as error:
+                raise RequestError(
+                    "ids are not rows of token ids of one length.", "Give [batch, time] int64."
+                ) from error
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise RequestError(f"ids has shape {list(ids.shape)} and type {ids.dtype}.", "Give [batch, time] int64.")
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.model.config.vocab_size:
