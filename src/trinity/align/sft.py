@@ -16,7 +16,7 @@ import torch
 
 from trinity.align.conversations import Conversations, as_batch, pack
 from trinity.base.durable import folder_aside, sha256_file
-from trinity.base.errors import ConfigError, TrainingHalted
+from trinity.base.errors import TrainingHalted
 from trinity.base.lineage import fingerprint, write_lineage
 from trinity.base.run import MetricsLog
 from trinity.base.seeds import named_seed
@@ -92,8 +92,6 @@ def fine_tune(
 
 def plan_rows(conversations: Conversations, config: AlignConfig) -> list[list]:
     """All rows of the run, epoch after epoch, each epoch in its own order; a last part of an epoch may be short."""
-    if not 0 < config.epochs < math.inf:
-        raise ConfigError(f"align.epochs is {config.epochs}; nothing would be learnt.", "Give a number above zero.")
     rows = []
     for epoch in range(math.ceil(config.epochs)):
         generator = np.random.default_rng(named_seed(config.seed, "sft", "epoch", epoch))

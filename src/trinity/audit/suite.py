@@ -23,7 +23,7 @@ from trinity.audit.reading import Watch, read
 from trinity.audit.report import render
 from trinity.audit.routing import load_table, routing
 from trinity.base.durable import folder_aside, write_durably, write_json
-from trinity.base.errors import ConfigError, DataError, UsageError, nearest
+from trinity.base.errors import DataError, UsageError, nearest
 from trinity.base.lineage import read_lineage, write_lineage
 from trinity.ckpt.opened import OpenedModel
 from trinity.config.audit import AuditConfig
@@ -65,14 +65,7 @@ class Audit:
 
 
 def check_config(config: AuditConfig, context: int, limit: int) -> None:
-    """Refuse settings under which no probe could say anything, or that the model's context cannot hold."""
-    for name in ("documents_per_kind", "bytes_per_document", "prompts_per_stratum", "prefix_tokens", "suffix_tokens"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} is {getattr(config, name)}.", "It must be at least 1.")
-    if config.bootstrap_samples < 2:
-        raise ConfigError(f"bootstrap_samples is {config.bootstrap_samples}.", "1000 is the usual number.")
-    if not 0 < config.confidence < 1:
-        raise ConfigError(f"confidence is {config.confidence}.", "It lies between 0 and 1, such as 0.95.")
+    """Refuse what the model's context cannot hold."""
     if not 2 <= context <= limit:
         raise UsageError(f"A context of {context} tokens does not suit this model.", f"It may be 2 to {limit}.")
     if config.prefix_tokens + config.suffix_tokens > limit:

@@ -9,14 +9,12 @@ import hmac
 import ipaddress
 import uuid
 from collections.abc import Callable
-from math import inf
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trinity.base.errors import UsageError
-from trinity.config.serve import ServeConfig
 from trinity.serve.errors import ApiError
 
 MOST_BODY_BYTES = 16 * 2**20
@@ -65,16 +63,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def check_settings(config: ServeConfig) -> None:
-    """UsageError where a setting would leave the server unable to answer anyone."""
-    ranges = {"port": (0, 65535), "max_active": (1, inf), "max_queued": (0, inf), "max_new_tokens": (1, inf)}
-    for name, (low, high) in (ranges | {"request_seconds": (0.001, inf)}).items():
-        value = getattr(config, name)
-        if not low <= value <= high:
-            reach = f"from {low} to {high}" if high < inf else f"{low} or more"
-            raise UsageError(f"--{name.replace('_', '-')} is {value}.", f"It must be {reach}.")
 
 
 def check_exposure(host: str, keys: frozenset[bytes]) -> None:

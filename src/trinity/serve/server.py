@@ -11,14 +11,13 @@ from trinity.base.errors import UsageError
 from trinity.config.serve import ServeConfig
 from trinity.engine.loaded import LoadedModel
 from trinity.serve.app import Service, build_app
-from trinity.serve.limits import check_exposure, check_settings
+from trinity.serve.limits import check_exposure
 
 STOP_SECONDS = 1
 
 
 def open_socket(config: ServeConfig, keys: frozenset[bytes]) -> socket.socket:
     """A listening socket, or a UsageError: senseless settings, an address taken, unknown, or open to others."""
-    check_settings(config)
     check_exposure(config.host, keys)
     try:
         family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
