@@ -42,6 +42,14 @@ ELSEWHERE = {
     "train.spike_action": "tests/unit/test_train_guard.py",
     "train.nonfinite_action": "tests/unit/test_train_guard.py",
     "train.max_incidents": "tests/unit/test_train_guard.py",
+    "parallel.replicate": "needs several processes: tests/parallel/test_equivalence.py",
+    "parallel.shard": "needs several processes: tests/parallel/test_equivalence.py",
+    "parallel.context": "needs several processes: tests/parallel/test_equivalence.py",
+    "parallel.expert": "needs several processes: tests/parallel/test_equivalence.py",
+    "parallel.remat": "changes memory alone: tests/parallel/test_remat.py",
+    "parallel.compile": "changes speed alone: tests/parallel/test_compile.py",
+    "parallel.precision": "tests/parallel/test_precision.py",
+    "parallel.device": "there may be no GPU: tests/parallel/test_mesh.py",
 }
 
 

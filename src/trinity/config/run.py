@@ -7,6 +7,7 @@ from trinity.config.data import DataConfig
 from trinity.config.knob import Settings, knob
 from trinity.config.model import ModelConfig
 from trinity.config.optim import BalanceConfig, OptimConfig
+from trinity.config.parallel import ParallelConfig
 from trinity.config.train import TrainConfig
 
 
@@ -18,6 +19,7 @@ class RunConfig(Settings):
     optim: OptimConfig = knob("optimisers and schedule", OptimConfig())
     balance: BalanceConfig = knob("expert balancing and auxiliary losses", BalanceConfig())
     train: TrainConfig = knob("horizon, batch, cadence, guard")
+    parallel: ParallelConfig = knob("how the run is spread over processes", ParallelConfig())
 
     @property
     def steps(self) -> int:

@@ -3,14 +3,12 @@
 Shapes: N tokens, K chosen, R = N x K routed rows, E experts, D width, F hidden width.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trinity.config.model import ModelConfig
+from trinity.model.dispatch import Dispatch
 from trinity.model.layers import GatePacked, SwiGLU
 from trinity.model.router import Router, Routing
 
@@ -24,14 +22,10 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2, hidden, width))  # [:, 0] gate, [:, 1] up
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """x: [N, D] -> [N, D]: the weighted sum of each token's chosen experts. Nothing is dropped."""
-        order = routing.chosen.flatten().argsort(stable=True)  # rows grouped by expert
-        ends = routing.counts().cumsum(0)
-        rows = GatherRows.apply(x, order, routing.chosen.shape[1])
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """rows [R, D] grouped by expert, ends [E] their cumulative counts -> [R, D], each through its own expert."""
         rows = GatePacked.apply(grouped_matmul(rows, self.gate_up_proj.flatten(1, 2), ends))
-        rows = grouped_matmul(rows, self.down_proj, ends)
-        return CombineRows.apply(rows, routing.weights, order)
+        return grouped_matmul(rows, self.down_proj, ends)
 
 
 class MixtureOfExperts(nn.Module):
@@ -49,11 +43,11 @@ class MixtureOfExperts(nn.Module):
         self.expert_bias: Tensor
         self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """x: [B, T, D] -> ([B, T, D], Routing over the B x T tokens)."""
+    def forward(self, x: Tensor, dispatch: Dispatch) -> tuple[Tensor, Routing]:
+        """x: [B, T, D] -> ([B, T, D], Routing over the B x T tokens). `dispatch` brings tokens to experts and back."""
         flat = x.flatten(0, 1)
         routing = self.router(flat, self.expert_bias)
-        out = self.experts(flat, routing)
+        out = dispatch(self.experts, flat, routing)
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat)
         return out.view_as(x), routing
@@ -75,48 +69,3 @@ def grouped_matmul_loop(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """The plain twin of `grouped_matmul`: one matmul an expert. (unbind, not indexing: its backward is one stack.)"""
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return torch.cat([part @ weight.T for part, weight in zip(rows.split(sizes), weights.unbind(0), strict=True)])
-
-
-class GatherRows(torch.autograd.Function):
-    """x [N, D] -> [R, D]: the token of each routed row. Backward gathers too, so it is deterministic and parallel."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.shape = (x.shape[0], top_k)
-        return x.index_select(0, order // top_k)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (order,) = ctx.saved_tensors
-        tokens, top_k = ctx.shape
-        return grads[0].index_select(0, inverse(order)).view(tokens, top_k, -1).sum(1), None, None
-
-
-class CombineRows(torch.autograd.Function):
-    """rows [R, D], weights [N, K] -> [N, D]: the weighted sum of each token's rows, in the order of its choices."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor) -> Tensor:
-        tokens, top_k = weights.shape
-        back = rows.index_select(0, inverse(order)).view(tokens, top_k, -1)
-        ctx.save_for_backward(back, weights, order)
-        return torch.bmm(weights.to(rows.dtype).unsqueeze(1), back).squeeze(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        back, weights, order = ctx.saved_tensors
-        grad = grads[0]
-        top_k = weights.shape[1]
-        grad_weights = torch.bmm(back, grad.unsqueeze(2)).squeeze(2).to(weights.dtype)
-        scale = weights.to(grad.dtype).flatten()[order]
-        return grad.index_select(0, order // top_k).mul_(scale.unsqueeze(1)), grad_weights, None
-
-
-def inverse(order: Tensor) -> Tensor:
-    """The permutation that undoes `order`."""
-    result = torch.empty_like(order)
-    result[order] = torch.arange(len(order), device=order.device)
-    return result

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trinity.config.model import ModelConfig
 from trinity.model.attend import Attend, Causal
 from trinity.model.block import Block
+from trinity.model.dispatch import Dispatch, locally
 from trinity.model.experts import MixtureOfExperts
 from trinity.model.layers import Linear, RMSNorm, rotary_angles
 from trinity.model.router import Routing
@@ -36,8 +37,17 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Output:
-        """tokens [B, T] int64; positions [T] or [B, T], from 0 when absent; attend: how a query reads the past."""
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        attend: Attend | None = None,
+        dispatch: Dispatch = locally,
+    ) -> Output:
+        """tokens [B, T] int64; positions [T] or [B, T], from 0 when absent.
+
+        attend: how a query reads the past; dispatch: how tokens reach their experts.
+        """
         attend = Causal() if attend is None else attend
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -47,7 +57,7 @@ class Transformer(nn.Module):
             hidden = hidden * self.config.hidden_size**0.5
         routings = []
         for block in self.layers:
-            hidden, routing = block(hidden, angles, attend)
+            hidden, routing = block(hidden, angles, attend, dispatch)
             if routing is not None:
                 routings.append(routing)
         return Output(self.norm(hidden), routings)

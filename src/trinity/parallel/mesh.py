@@ -1,0 +1,178 @@
+"""Which process does what: ranks laid out as a mesh, once at the start of a run.
+
+    rank = (replicate index x shard + shard index) x context + context index
+
+    rows of a batch       are split over replicate x shard (`data_rank` of `data_size`)
+    positions of a row    are split over context
+    dense weights         are split over shard x context, "fsdp"; every replica holds the same
+    experts               are split over "expert" first, neighbouring ranks, then over the rest of fsdp ("expert_shard")
+
+One process alone has no mesh and no process group: `World.alone()`. Launched by torchrun, or anything else that sets
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from trinity.base.errors import ConfigError
+from trinity.config.model import ModelConfig
+from trinity.config.parallel import ParallelConfig
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a save or an evaluation may keep others waiting; hangs alarm earlier
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place. The meshes are views of one: all None when there is one process."""
+
+    rank: int
+    size: int
+    device: torch.device
+    data_rank: int = 0
+    data_size: int = 1
+    context_rank: int = 0
+    context_size: int = 1
+    dense: DeviceMesh | None = None  # [replicate, fsdp]
+    sparse: DeviceMesh | None = None  # [replicate, expert_shard, expert]
+    by_row: DeviceMesh | None = None  # [data, context]
+
+    @classmethod
+    def alone(cls, device: torch.device | str = "cpu") -> "World":
+        return cls(0, 1, torch.device(device))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once: logs, settings, the pointer."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, in place."""
+        if self.dense is not None:
+            dist.all_reduce(values)
+        return values
+
+    def sum_over_shards(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes of one replica, in place."""
+        if self.dense is not None:
+            dist.all_reduce(values, group=self.dense["fsdp"].get_group())
+        return values
+
+    def sum_over_context(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes that share rows, in place."""
+        if self.context_size > 1:
+            dist.all_reduce(values, group=self.context_group)
+        return values
+
+    @property
+    def context_group(self) -> dist.ProcessGroup:
+        assert self.by_row is not None
+        return self.by_row["context"].get_group()
+
+    @property
+    def expert_group(self) -> dist.ProcessGroup:
+        assert self.sparse is not None
+        return self.sparse["expert"].get_group()
+
+
+class Layout(NamedTuple):
+    """Processes in each role; replicate x shard x context = replicate x expert_shard x expert = all of them."""
+
+    replicate: int
+    shard: int
+    context: int
+    expert: int
+    expert_shard: int
+
+
+def layout(parallel: ParallelConfig, size: int, model: ModelConfig) -> Layout:
+    """Check a layout against the number of processes and the model; a ConfigError says which numbers do not divide."""
+    fixed = parallel.replicate * parallel.context
+    shard = parallel.shard or size // fixed
+    if parallel.replicate * shard * parallel.context != size:
+        raise ConfigError(
+            f"{size} processes cannot be laid out as {parallel.replicate} replicas x "
+            f"{parallel.shard or 'the rest of'} shards x {parallel.context} context ranks.",
+            "Make parallel.replicate x parallel.shard x parallel.context the number of processes; "
+            "parallel.shard=0 takes what is left.",
+        )
+    fsdp = shard * parallel.context
+    if fsdp % parallel.expert:
+        raise ConfigError(
+            f"Expert parallelism over {parallel.expert} processes does not divide the {fsdp} of one replica "
+            f"({shard} shards x {parallel.context} context ranks).",
+            "Choose parallel.expert as a divisor of it.",
+        )
+    if parallel.expert > 1 and model.num_experts % parallel.expert:
+        raise ConfigError(
+            f"{model.num_experts} experts cannot be spread evenly over {parallel.expert} processes.",
+            "Choose parallel.expert as a divisor of model.num_experts.",
+        )
+    if model.num_attention_heads % parallel.context:
+        raise ConfigError(
+            f"{model.num_attention_heads} query heads cannot be split over {parallel.context} context ranks, as global "
+            "layers need.",
+            "Choose parallel.context as a divisor of model.num_attention_heads.",
+        )
+    return Layout(
+        replicate=parallel.replicate,
+        shard=shard,
+        context=parallel.context,
+        expert=parallel.expert,
+        expert_shard=fsdp // parallel.expert,
+    )
+
+
+@contextmanager
+def joined_world(parallel: ParallelConfig, model: ModelConfig) -> Iterator[World]:
+    """This process's place among those of the launcher; the process group lives as long as the block."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    found = layout(parallel, size, model)
+    device = device_of(parallel)
+    if size == 1:
+        yield World.alone(device)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield world_of(found, dist.get_rank(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def world_of(found: Layout, rank: int, device: torch.device) -> World:
+    """The place of `rank` in a layout, over a process group that is already there (gloo, nccl or fake)."""
+    size = found.replicate * found.shard * found.context
+    ranks = init_device_mesh(device.type, (size,), mesh_dim_names=("world",))
+    fsdp = found.shard * found.context
+    return World(
+        rank=rank,
+        size=size,
+        device=device,
+        data_rank=rank // found.context,
+        data_size=found.replicate * found.shard,
+        context_rank=rank % found.context,
+        context_size=found.context,
+        dense=ranks._unflatten(0, (found.replicate, fsdp), ("replicate", "fsdp")),
+        sparse=ranks._unflatten(
+            0, (found.replicate, found.expert_shard, found.expert), ("replicate", "expert_shard", "expert")
+        ),
+        by_row=ranks._unflatten(0, (found.replicate * found.shard, found.context), ("data", "context")),
+    )
+
+
+def device_of(parallel: ParallelConfig) -> torch.device:
+    """Where this process computes. A ConfigError when a GPU is asked for and there is none."""
+    if parallel.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("There is no GPU that torch can use.", "Set parallel.device=cpu or auto.")
+    if parallel.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
