@@ -24,8 +24,7 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [R, D] grouped by expert, ends [E] their cumulative counts -> [R, D], each through its own expert."""
-        rows = GatePacked.apply(grouped_matmul(rows, self.gate_up_proj.flatten(1, 2), ends))
-        return grouped_matmul(rows, self.down_proj, ends)
+        return through_experts(rows, ends, self.gate_up_proj, self.down_proj)
 
 
 class MixtureOfExperts(nn.Module):
@@ -51,6 +50,11 @@ class MixtureOfExperts(nn.Module):
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat)
         return out.view_as(x), routing
+
+
+def through_experts(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """down[e](silu(gate[e](row)) * up[e](row)) for each expert's stretch of rows [R, D]; gate_up [E, 2, F, D]."""
+    return grouped_matmul(GatePacked.apply(grouped_matmul(rows, gate_up.flatten(1, 2), ends)), down, ends)
 
 
 def grouped_matmul(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

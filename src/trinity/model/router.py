@@ -3,6 +3,7 @@
 Everything here is float32 in every mode. Shapes: N tokens, E experts, K chosen.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,15 +44,21 @@ class Router(nn.Module):
         return Routing(chosen, weights, scores)
 
 
-def sequence_balance_loss(routing: Routing, rows: int) -> Tensor:
+def sequence_balance_loss(
+    routing: Routing, rows: int, parts: int = 1, over_parts: Callable[[Tensor], Tensor] = lambda counts: counts
+) -> Tensor:
     """Mean over rows of sum_i f_i P_i (report section 2): 1 when a row spreads its tokens evenly, else more.
 
     f_i is E / (K T) times the tokens of the row sent to expert i; P_i the row's mean normalised score of expert i.
+    Where a row is cut into `parts` over processes, `over_parts` sums integer counts over them; the parts' results then
+    add up to that of the whole row, since f has no gradient and P is a mean.
     """
     experts, top_k = routing.scores.shape[1], routing.chosen.shape[1]
-    length = routing.scores.shape[0] // rows
-    probability = (routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20)).view(rows, length, experts).mean(1)
-    row = torch.arange(rows, device=routing.chosen.device).repeat_interleave(length * top_k)
+    here = routing.scores.shape[0] // rows
+    length = here * parts
+    probability = routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20)
+    probability = probability.view(rows, here, experts).sum(1) / length
+    row = torch.arange(rows, device=routing.chosen.device).repeat_interleave(here * top_k)
     counts = torch.bincount(row * experts + routing.chosen.flatten(), minlength=rows * experts).view(rows, experts)
-    frequency = counts.float() * (experts / (top_k * length))
+    frequency = over_parts(counts).float() * (experts / (top_k * length))
     return (frequency * probability).sum(-1).mean()

@@ -1,0 +1,72 @@
+"""Expert parallelism: neighbouring processes share the experts of a layer, and rows travel to them and back.
+
+    rows sorted by expert -> all-to-all (uneven, by counts) -> sorted by local expert -> experts -> the same way back
+
+Process p of P holds experts p E / P ... (p + 1) E / P - 1. Nothing is dropped and nothing padded; a process that gets
+no rows takes part all the same. Equal to `model.dispatch.locally` up to the order of sums over processes.
+
+Shapes: N tokens and R = N x K rows of this process, R' rows it receives, E experts, D width.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trinity.model.dispatch import CombineRows, GatherRows, GroupedExperts, inverse
+from trinity.model.router import Routing
+
+
+class ExpertParallel:
+    """A Dispatch (model/dispatch.py) over the processes of `group`."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.size = group, group.size()
+
+    def __call__(self, experts: GroupedExperts, x: Tensor, routing: Routing) -> Tensor:
+        order = routing.chosen.flatten().argsort(stable=True)
+        rows = GatherRows.apply(x, order, routing.chosen.shape[1])
+        sent = routing.counts().view(self.size, -1)  # [P, E / P]: this process's rows for each expert
+        received = self.exchange_counts(sent)  # [P, E / P]: rows from each process for each local expert
+        there, here = sent.sum(1).tolist(), received.sum(1).tolist()
+        rows = Exchange.apply(rows, here, there, self.group)
+        by_expert = _by_local_expert(received)
+        rows = GatherRows.apply(rows, by_expert, 1)
+        rows = experts(rows, received.sum(0).cumsum(0))
+        rows = GatherRows.apply(rows, inverse(by_expert), 1)
+        rows = Exchange.apply(rows, there, here, self.group)
+        return CombineRows.apply(rows, routing.weights, order)
+
+    def exchange_counts(self, sent: Tensor) -> Tensor:
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent.contiguous(), group=self.group)
+        return received
+
+
+def _by_local_expert(received: Tensor) -> Tensor:
+    """The order that groups rows, which arrive by process and then by expert, by expert and then by process: [R']."""
+    experts = torch.arange(received.numel(), device=received.device) % received.shape[1]
+    return experts.repeat_interleave(received.flatten()).argsort(stable=True)
+
+
+class Exchange(torch.autograd.Function):
+    """All-to-all of rows [R, ...] -> [R', ...]: `there[p]` rows go to process p, `here[p]` come from it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, here: list[int], there: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.splits = (here, there, group)
+        return _exchange(rows, here, there, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        here, there, group = ctx.splits
+        return _exchange(grads[0], there, here, group), None, None, None
+
+
+def _exchange(rows: Tensor, here: list[int], there: list[int], group: dist.ProcessGroup) -> Tensor:
+    arrived = rows.new_empty((sum(here), *rows.shape[1:]))
+    dist.all_to_all_single(arrived, rows.contiguous(), here, there, group=group)
+    return arrived
