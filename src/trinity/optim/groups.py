@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trinity.config.optim import OptimConfig
-from trinity.optim.muon import Muon
+from trinity.optim.muon import Across, Muon
 
 _MUON = (
     "q_proj.weight",
@@ -40,12 +41,24 @@ class Optimisers:
         self.muon.step()
         self.adamw.step()
 
+    def gradients(self) -> list[Tensor]:
+        """What this process holds of each gradient."""
+        found = [
+            parameter.grad
+            for optimiser in (self.muon, self.adamw)
+            for group in optimiser.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found]
+
     def zero_grad(self) -> None:
         self.muon.zero_grad(set_to_none=True)
         self.adamw.zero_grad(set_to_none=True)
 
 
-def build_optimisers(model: nn.Module, config: OptimConfig) -> Optimisers:
+def build_optimisers(model: nn.Module, config: OptimConfig, across: Across | None = None) -> Optimisers:
+    """across: how Muon makes sharded matrices whole (parallel/muon.py); None where nothing is sharded."""
     muon, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():
         if name.endswith(_MUON):
@@ -63,6 +76,7 @@ def build_optimisers(model: nn.Module, config: OptimConfig) -> Optimisers:
             weight_decay=config.muon_weight_decay,
             steps=config.newton_schulz_steps,
             dtype=getattr(torch, config.newton_schulz_dtype),
+            across=across,
         ),
         adamw=torch.optim.AdamW(
             [

@@ -59,7 +59,8 @@ class ContextParallel:
         """Attend for 1 / P of the heads over all positions."""
         if k.shape[1] % self.size:  # too few key heads to share: each query head brings its own copy
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        out = self.whole(layer, *(self._heads_for_positions(x) for x in (q, k, v)), None)
+        q, k, v = (self._heads_for_positions(x) for x in (q, k, v))
+        out = self.whole(layer, q, k, v, None)
         return self._positions_for_heads(out)
 
     def _heads_for_positions(self, x: Tensor) -> Tensor:

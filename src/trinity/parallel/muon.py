@@ -1,0 +1,95 @@
+"""Muon over sharded matrices: whole matrices travel to owners, are orthogonalised there, and travel back.
+
+Orthogonalising a process's rows alone would be another optimiser, one that depends on the layout. Here each matrix is
+orthogonalised whole by one process of the replica, so the update is that of one device whatever the layout. Work is
+dealt out by cost, equally on every process. Momentum stays sharded; stacked experts are whole where they are and do not
+travel at all.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_VALUES_AT_ONCE = 1 << 26  # values of whole matrices that one process owns in one exchange; bounds the extra memory
+
+
+class Owners:
+    """Deals the matrices of a step out over the processes of `group`; an `Across` of optim/muon.py."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.size = group, group.rank(), group.size()
+
+    def __call__(
+        self,
+        parts: list[Tensor],
+        shapes: list[tuple[int, int]],
+        orthogonalise: Callable[[list[Tensor]], list[Tensor]],
+    ) -> list[Tensor]:
+        """parts[i]: this process's rows of matrix i, of shapes[i] whole -> its rows of the orthogonalised matrices."""
+        done: list[Tensor] = []
+        for start, stop in _rounds(shapes, _VALUES_AT_ONCE * self.size):
+            done += self._one_round(parts[start:stop], shapes[start:stop], orthogonalise)
+        return done
+
+    def _one_round(
+        self,
+        parts: list[Tensor],
+        shapes: list[tuple[int, int]],
+        orthogonalise: Callable[[list[Tensor]], list[Tensor]],
+    ) -> list[Tensor]:
+        owned = deal(shapes, self.size)
+        mine = [shapes[index] for index in owned[self.rank]]
+        sent = [sum(parts[index].numel() for index in owned[peer]) for peer in range(self.size)]
+        held = [[rows_of(rows, self.size, peer) * width for rows, width in mine] for peer in range(self.size)]
+        received = [sum(sizes) for sizes in held]
+        flat = torch.cat([parts[index].reshape(-1) for indices in owned for index in indices])
+        arrived = flat.new_empty(sum(received))
+        dist.all_to_all_single(arrived, flat, received, sent, group=self.group)
+        pieces = [part.split(sizes) for part, sizes in zip(arrived.split(received), held, strict=True)]
+        whole = [torch.cat([peer[i] for peer in pieces]).view(shape) for i, shape in enumerate(mine)]
+        whole = orthogonalise(whole) if whole else []
+        back = [
+            matrix.reshape(-1).split([held[peer][i] for peer in range(self.size)]) for i, matrix in enumerate(whole)
+        ]
+        outgoing = [back[i][peer] for peer in range(self.size) for i in range(len(mine))]
+        returned = torch.empty_like(flat)
+        flat_back = torch.cat(outgoing).to(flat.dtype) if outgoing else flat.new_empty(0)
+        dist.all_to_all_single(returned, flat_back, sent, received, group=self.group)
+        order = [index for indices in owned for index in indices]
+        results = dict(zip(order, returned.split([parts[index].numel() for index in order]), strict=True))
+        return [results[index].view(parts[index].shape) for index in range(len(parts))]
+
+
+def deal(shapes: list[tuple[int, int]], size: int) -> list[list[int]]:
+    """Which matrices each of `size` processes owns: the dearest first, each to the one with the least work so far."""
+    work, owned = [0] * size, [[] for _ in range(size)]
+    for index in sorted(range(len(shapes)), key=lambda index: -_cost(shapes[index])):
+        owner = work.index(min(work))
+        owned[owner].append(index)
+        work[owner] += _cost(shapes[index])
+    return owned
+
+
+def rows_of(rows: int, size: int, rank: int) -> int:
+    """Rows of a matrix that process `rank` of `size` holds: FSDP2 cuts as torch.chunk does."""
+    most = -(-rows // size)
+    return max(0, min(most, rows - rank * most))
+
+
+def _cost(shape: tuple[int, int]) -> int:
+    """Proportional to the FLOPs of one Newton-Schulz iteration."""
+    short, long = min(shape), max(shape)
+    return short * short * (2 * long + short)
+
+
+def _rounds(shapes: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+    """Stretches [start, stop) of neighbouring matrices that hold at most `most` values, or one matrix."""
+    rounds, start, held = [], 0, 0
+    for index, (rows, width) in enumerate(shapes):
+        if index > start and held + rows * width > most:
+            rounds.append((start, index))
+            start, held = index, 0
+        held += rows * width
+    return [*rounds, (start, len(shapes))] if shapes else []
