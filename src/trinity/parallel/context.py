@@ -9,13 +9,51 @@ Layers are computed on the own stretch; only attention reads further, and each k
 Equal to attention over the whole row. Shapes: q [B, H, t, C]; k, v [B, J, t, C]; t = T / P positions of a stretch.
 """
 
+from typing import NamedTuple, Protocol
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from trinity.model.attend import Packed
+from trinity.model.attend import Attend, Packed
 from trinity.parallel.expert import Exchange
+from trinity.parallel.mesh import World
+
+
+class Stretch(NamedTuple):
+    """The positions of some rows that one process computes: t = T / P of T."""
+
+    tokens: Tensor  # [B, t]
+    targets: Tensor  # [B, t]
+    positions: Tensor  # [t]
+    document_ids: Tensor  # [B, T], of the whole rows
+
+
+class Rows(Protocol):
+    """Rows as a loader gives them: three [B, T] int64 tensors."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def targets(self) -> Tensor: ...
+    @property
+    def document_ids(self) -> Tensor: ...
+
+
+def own_stretch(rows: Rows, world: World) -> Stretch:
+    """This process's part of `rows`, on its device: all of it unless processes share rows."""
+    length = rows.tokens.shape[1] // world.context_size
+    here = slice(world.context_rank * length, (world.context_rank + 1) * length)
+    tokens, targets, documents = (
+        x.to(world.device, non_blocking=True) for x in (rows.tokens[:, here], rows.targets[:, here], rows.document_ids)
+    )
+    return Stretch(tokens, targets, torch.arange(here.start, here.stop, device=world.device), documents)
+
+
+def attend_over(document_ids: Tensor, world: World) -> Attend:
+    """How a query of a stretch reads its row in this world."""
+    return Packed(document_ids) if world.context_size == 1 else ContextParallel(document_ids, world.context_group)
 
 
 class ContextParallel:

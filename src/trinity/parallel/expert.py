@@ -15,8 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trinity.model.dispatch import CombineRows, GatherRows, GroupedExperts, inverse
+from trinity.model.dispatch import CombineRows, Dispatch, GatherRows, GroupedExperts, inverse, locally
 from trinity.model.router import Routing
+from trinity.parallel.mesh import World
+
+
+def dispatch_over(world: World) -> Dispatch:
+    """How tokens reach their experts in this world: over processes where these share the experts."""
+    return locally if world.expert_size == 1 else ExpertParallel(world.expert_group)
 
 
 class ExpertParallel:

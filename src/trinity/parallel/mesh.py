@@ -53,6 +53,10 @@ class World:
         """Whether this process writes what is written once: logs, settings, the pointer."""
         return self.rank == 0
 
+    @property
+    def expert_size(self) -> int:
+        return 1 if self.sparse is None else self.sparse["expert"].size()
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, in place."""
         if self.dense is not None:

@@ -13,9 +13,11 @@ from trinity.ckpt.folder import Checkpoint, save_checkpoint
 from trinity.config.load import to_dict
 from trinity.config.run import RunConfig
 from trinity.data.loader import Loader
-from trinity.model.init import build_model
 from trinity.model.transformer import Transformer
 from trinity.optim.groups import Optimisers, build_optimisers
+from trinity.parallel.apply import build_parallel
+from trinity.parallel.mesh import World, device_of
+from trinity.parallel.muon import Owners
 from trinity.train.guard import Guard
 from trinity.train.settings import locked_fingerprint
 
@@ -27,18 +29,23 @@ class TrainState:
     bias_momentum: Tensor  # [L, E] float32, SMEBU's buffer
     loader: Loader
     guard: Guard
+    world: World
     step: int = 0
     tokens: int = 0
 
     @classmethod
-    def fresh(cls, config: RunConfig, loader: Loader) -> "TrainState":
-        model = build_model(config.model, named_seed(config.train.seed, "model"))
+    def fresh(cls, config: RunConfig, loader: Loader, world: World | None = None) -> "TrainState":
+        """The state before the first step; of several processes each holds its part."""
+        world = world or World.alone(device_of(config.parallel))
+        model = build_parallel(config.model, config.parallel, world, named_seed(config.train.seed, "model"))
+        across = None if world.dense is None else Owners(world.dense["fsdp"].get_group())
         return cls(
             model=model,
-            optimisers=build_optimisers(model, config.optim),
-            bias_momentum=torch.zeros(config.model.num_sparse_layers, config.model.num_experts),
+            optimisers=build_optimisers(model, config.optim, across),
+            bias_momentum=torch.zeros(config.model.num_sparse_layers, config.model.num_experts, device=world.device),
             loader=loader,
             guard=Guard(config.train),
+            world=world,
         )
 
     def save(self, run: Path, name: str, config: RunConfig) -> Path:

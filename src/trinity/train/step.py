@@ -1,6 +1,8 @@
 """One optimiser step, top to bottom: microbatches, loss, clipping, verdict, update, and then the router biases.
 
 loss = [ cross-entropy + z-loss ] / targets of the step  +  alpha * sequence-wise balance loss (sum over layers)
+
+Every figure is of the whole step, over all processes, so that each of them decides alike.
 """
 
 import math
@@ -12,10 +14,12 @@ from torch import Tensor
 from trinity.balance.update import move_biases
 from trinity.config.run import RunConfig
 from trinity.data.loader import Batch
-from trinity.model.attend import Packed
 from trinity.model.loss import IGNORED, chunked_loss
-from trinity.model.router import sequence_balance_loss
+from trinity.model.router import Routing, sequence_balance_loss
 from trinity.optim.schedule import rate_factor
+from trinity.parallel.context import attend_over, own_stretch
+from trinity.parallel.expert import dispatch_over
+from trinity.parallel.mesh import World
 from trinity.train.state import TrainState
 
 
@@ -32,46 +36,71 @@ class Measured(NamedTuple):
 
 
 def accumulate(state: TrainState, batches: list[Batch], config: RunConfig) -> Measured:
-    """Forward and backward over the step's microbatches; gradients are left on the parameters, clipped."""
-    targets = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
-    rows = sum(len(batch.tokens) for batch in batches)
-    losses, shares, z_total, balance_total = [], [], 0.0, 0.0
-    counts: Tensor | None = None
-    for batch in batches:
-        output = state.model(batch.tokens, attend=Packed(batch.document_ids))
+    """Forward and backward over this process's microbatches; gradients are left on the parameters, clipped."""
+    world, model = state.world, state.model
+    stretches = [own_stretch(batch, world) for batch in batches]
+    learnt = torch.stack([(batch.targets != IGNORED).sum() for batch in stretches])  # [M]
+    targets = int(world.sum(learnt.sum()))
+    rows = sum(len(batch.tokens) for batch in stretches) * world.data_size
+    # [data ranks, M, (share of the loss, targets)]: each process fills in its own, and the sum holds everybody's.
+    table = torch.zeros(world.data_size, len(stretches), 2, dtype=torch.float64, device=world.device)
+    table[world.data_rank, :, 1] = learnt.double()
+    added = torch.zeros(2, dtype=torch.float64, device=world.device)  # z-loss, balance loss
+    counts = torch.zeros(len(model.expert_biases()), config.model.num_experts, dtype=torch.int64, device=world.device)
+    for number, batch in enumerate(stretches):
+        output = model(batch.tokens, batch.positions, attend_over(batch.document_ids, world), dispatch_over(world))
         loss, cross_entropy = chunked_loss(
             output.hidden.flatten(0, 1),
-            state.model.lm_head.weight,
+            model.lm_head.weight,
             batch.targets.flatten(),
             config.balance.z_loss,
-            divisor=targets,
+            divisor=max(targets, 1),
         )
-        z_total += float(loss.detach() - cross_entropy)
+        table[world.data_rank, number, 0] = cross_entropy
+        added[0] += loss.detach() - cross_entropy
         if config.balance.sequence_loss and output.routings:
-            spread = torch.stack(
-                [sequence_balance_loss(routing, len(batch.tokens)) for routing in output.routings]
-            ).sum()
-            balance = config.balance.sequence_loss * spread * (len(batch.tokens) / rows)
-            balance_total += float(balance.detach())
+            balance = config.balance.sequence_loss * _spread(output.routings, len(batch.tokens), world)
+            balance = balance * (len(batch.tokens) / rows)
+            added[1] += balance.detach()
             loss = loss + balance
         loss.backward()
-        share = int((batch.targets != IGNORED).sum()) / targets
-        shares.append(share)
-        losses.append(float(cross_entropy) / share if share else 0.0)
-        sent = torch.stack([routing.counts() for routing in output.routings]) if output.routings else None
-        counts = sent if counts is None or sent is None else counts + sent
-    grad_norm = float(
-        torch.nn.utils.clip_grad_norm_(
-            state.model.parameters(), config.optim.clip_norm or math.inf, error_if_nonfinite=False
-        )
-    )
+        if output.routings:
+            counts += torch.stack([routing.counts() for routing in output.routings])
+    grad_norm = _clip(state.optimisers.gradients(), config.optim.clip_norm, world)
+    return _measured(world.sum(table), world.sum(added), grad_norm, world.sum(counts), targets)
+
+
+def _spread(routings: list[Routing], rows: int, world: World) -> Tensor:
+    """The sequence-wise balance loss of this process's positions, summed over layers."""
+    parts = world.context_size
+    return torch.stack(
+        [sequence_balance_loss(routing, rows, parts, world.sum_over_context) for routing in routings]
+    ).sum()
+
+
+def _clip(gradients: list[Tensor], largest: float, world: World) -> float:
+    """Scale this process's gradients so that their global norm is at most `largest` (0: no bound); the norm before.
+
+    Within one replica every value of a gradient is held once: dense ones by the shards, experts by their owners.
+    """
+    square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()  # pyright: ignore[reportPrivateImportUsage]
+    norm = float(world.sum_over_shards(square).sqrt())
+    if largest and math.isfinite(norm) and norm > largest:
+        torch._foreach_mul_(gradients, largest / (norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
+    return norm
+
+
+def _measured(table: Tensor, added: Tensor, grad_norm: float, counts: Tensor, targets: int) -> Measured:
+    shares, learnt = table.flatten(0, 1).unbind(-1)
+    read = learnt > 0
+    losses = shares[read] * targets / learnt[read]
     return Measured(
-        loss=sum(loss * share for loss, share in zip(losses, shares, strict=True)),
-        z_loss=z_total,
-        balance_loss=balance_total,
+        loss=float(shares.sum()),
+        z_loss=float(added[0]),
+        balance_loss=float(added[1]),
         grad_norm=grad_norm,
-        batch_het=max(losses) - sum(losses) / len(losses),
-        counts=counts if counts is not None else torch.zeros(0, config.model.num_experts, dtype=torch.int64),
+        batch_het=float(losses.max() - losses.mean()) if len(losses) else 0.0,
+        counts=counts.cpu(),
         targets=targets,
     )
 
@@ -89,9 +118,8 @@ def apply_update(state: TrainState, measured: Measured, config: RunConfig, rates
     state.optimisers.zero_grad()
     biases = state.model.expert_biases()
     if biases:
-        moved, state.bias_momentum = move_biases(
-            torch.stack(biases), state.bias_momentum, measured.counts, config.balance
-        )
+        counts = measured.counts.to(state.bias_momentum.device)
+        moved, state.bias_momentum = move_biases(torch.stack(biases), state.bias_momentum, counts, config.balance)
         for bias, new in zip(biases, moved, strict=True):
             bias.copy_(new)
 
