@@ -111,7 +111,7 @@ def test_a_small_corpus_is_not_held_live_in_many_copies(make: Callable[[str, int
     loader = Loader(make("few", 6), DataConfig(sequence_length=ROW, buffer_documents=256), 0)
     for _ in range(40):
         loader.next_batch(1)
-        assert len(loader.state()["buffer"]["documents"]) <= 2 * loader.corpus.num_documents
+        assert len(loader.live_documents()) <= 2 * loader.corpus.num_documents
 
 
 def test_a_state_of_other_data_is_refused(folder: Path, shared_folder: Path) -> None:

@@ -4,18 +4,20 @@ import json
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trinity.base.errors import CheckpointError
 from trinity.data.order import MixedOrder, SourceOrder, epoch_permutation
-from trinity.data.rsdb import DocumentBuffer
+from trinity.data.rsdb import DocumentBuffer, Places
 
 lengths_of_a_source = st.lists(st.integers(2, 40), min_size=1, max_size=25)
 
 
 def buffer_of(lengths: list[int], capacity: int, seed: int) -> DocumentBuffer:
     order = MixedOrder([np.array(lengths)], [1.0], ["only"], seed)
-    return DocumentBuffer(order, lambda document: lengths[document], capacity, seed)
+    return DocumentBuffer(order, capacity, seed)
 
 
 @settings(deadline=None)
@@ -35,7 +37,7 @@ def test_every_token_is_served_once_an_epoch(lengths: list[int], capacity: int, 
     last = epoch_permutation(len(lengths), seed, "only", epoch)[:position].tolist()
     drawn = Counter(dict.fromkeys(range(len(lengths)), epoch)) + Counter(last)
     ahead: Counter[tuple[int, int]] = Counter()
-    for document, head in zip(state["documents"], state["heads"], strict=True):
+    for document, head in buffer.live_documents():
         ahead.update((document, position) for position in range(head, lengths[document]))
     for document, length in enumerate(lengths):
         for position in range(length):
@@ -95,8 +97,60 @@ def test_a_mix_keeps_its_shares_in_tokens(sources: list[tuple[list[int], float]]
     weights = [weight / total for _, weight in sources]
     order = MixedOrder([np.array(own) for own, _ in sources], weights, [f"s{n}" for n in range(len(sources))], seed)
     for _ in range(300):
-        document = order.draw()
-        assert 0 <= document < sum(len(own) for own, _ in sources)
+        document, tokens = order.draw()
+        assert tokens == np.concatenate([own for own, _ in sources])[document]
     longest = max(max(own) for own, _ in sources)
     for tokens, weight in zip(order.tokens_drawn, weights, strict=True):
         assert abs(tokens - weight * sum(order.tokens_drawn)) <= longest * len(sources)
+
+
+@given(st.integers(0, 2**64), st.lists(st.integers(1, 2**32 - 1), min_size=1, max_size=50), st.integers(0, 3000))
+def test_places_are_those_of_numpy(seed: int, bounds: list[int], before: int) -> None:
+    """The twin: numpy's own integers, one call for each number. Bounds near 2**32 reject about every other draw."""
+    ours, numpys = Places(seed), np.random.Generator(np.random.PCG64(seed))
+    for bound in [8192, 3 * 2**30] * (before // 2) + bounds:
+        assert ours.below(bound) == int(numpys.integers(bound))
+    again = Places(0)
+    again.load_state(json.loads(json.dumps(ours.state())))
+    assert [again.below(97) for _ in range(5000)] == [ours.below(97) for _ in range(5000)]
+
+
+@given(st.lists(st.integers(2, 40), min_size=4, max_size=30), st.integers(1, 8), st.integers(0, 60), st.integers(0, 99))
+def test_other_weights_lose_nothing_and_read_nothing_twice(
+    lengths: list[int], capacity: int, before: int, seed: int
+) -> None:
+    """After a turn the live documents are read to their end, and each source goes on where it stood in its epoch."""
+    sources = [np.array(lengths), np.array(lengths[::-1]), np.array(lengths[:3])]
+    order = MixedOrder(sources, [0.5, 0.5, 0.0], ["a", "b", "c"], seed)
+    buffer = DocumentBuffer(order, capacity, seed)
+    everything = np.concatenate(sources)
+    served: Counter[tuple[int, int]] = Counter()
+    for turn, weights in ((before, [0.0, 0.3, 0.7]), (40, [0.5, 0.5, 0.0]), (30, None)):
+        for _ in range(turn):
+            for document, start, stop in buffer.fill(25):
+                served.update((document, position) for position in range(start, stop))
+        if weights:
+            order.turn_to(weights)
+            assert order.tokens_drawn == (0, 0, 0)
+    for document, head in buffer.live_documents():
+        served.update((document, position) for position in range(head, everything[document]))
+    state, first = order.state(), 0
+    for name, own, epoch, position in zip("abc", sources, state["epochs"], state["positions"], strict=True):
+        last = epoch_permutation(len(own), seed, name, epoch)[:position].tolist()
+        for document, length in enumerate(own):
+            times = epoch + (document in last)
+            assert all(served[first + document, place] == times for place in range(length))
+        first += len(own)
+
+
+def test_lengths_of_documents_over_all_sources() -> None:
+    order = MixedOrder([np.array([3, 4]), np.array([5]), np.array([6, 7, 8])], [0.5, 0.0, 0.5], ["a", "b", "c"], 0)
+    assert order.lengths_of(np.array([5, 0, 2, 3, 1, 4])).tolist() == [8, 3, 5, 6, 4, 7]
+    assert all(order.draw()[0] != 2 for _ in range(50)), "a source without weight is never drawn, not even first"
+
+
+def test_a_state_that_cannot_be_unpacked_is_refused() -> None:
+    buffer = buffer_of([3] * 9, 2, 0)
+    buffer.fill(5)
+    with pytest.raises(CheckpointError, match="state of the data cannot be read"):
+        buffer.load_state({**buffer.state(), "heads": "AAAA"})

@@ -50,22 +50,46 @@ class MixedOrder:
         self, lengths: Sequence[np.ndarray], weights: Sequence[float], names: Sequence[str], seed: int
     ) -> None:
         """`lengths`: tokens of each document of each source; `weights` sum to 1; `names` keep the orders apart."""
-        self._lengths, self._weights = lengths, weights
+        self._lengths = lengths
         self._orders = [SourceOrder(len(own), seed, name) for own, name in zip(lengths, names, strict=True)]
-        self._first = np.cumsum([0, *map(len, lengths)])
-        self._tokens = [0] * len(weights)  # drawn of each source
+        self._first: list[int] = np.cumsum([0, *map(len, lengths)]).tolist()
+        self.turn_to(weights)
 
-    def draw(self) -> int:
-        """The next document: of the source with the largest deficit in tokens, the first of equals."""
-        total = sum(self._tokens)
-        deficits = [weight * total - tokens for weight, tokens in zip(self._weights, self._tokens, strict=True)]
-        source = deficits.index(max(deficits))
+    def turn_to(self, weights: Sequence[float]) -> None:
+        """Draw by other weights from here on. Sources go on where they stand; shares are counted from here anew.
+
+        Counted from the beginning, the new mix would first make up for what the old one read too much or too little.
+        """
+        self._shares = [(source, weight) for source, weight in enumerate(weights) if weight > 0]
+        self._tokens = [0] * len(weights)  # drawn of each source under these weights
+        self._total = 0
+
+    def draw(self) -> tuple[int, int]:
+        """The next document and its tokens: of the source with the largest deficit in tokens, the first of equals."""
+        tokens, total = self._tokens, self._total
+        source, largest = -1, float("-inf")
+        for candidate, weight in self._shares:
+            deficit = weight * total - tokens[candidate]
+            if deficit > largest:
+                source, largest = candidate, deficit
         document = self._orders[source].draw()
-        self._tokens[source] += int(self._lengths[source][document])
-        return int(self._first[source]) + document
+        length = int(self._lengths[source][document])
+        tokens[source] += length
+        self._total += length
+        return self._first[source] + document, length
+
+    def lengths_of(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens of each document, int64, for indices int64 over all sources."""
+        sources = np.searchsorted(self._first, documents, side="right") - 1
+        found = np.empty(len(documents), np.int64)
+        for source, lengths in enumerate(self._lengths):
+            own = sources == source
+            found[own] = lengths[documents[own] - self._first[source]]
+        return found
 
     @property
     def tokens_drawn(self) -> tuple[int, ...]:
+        """Of each source, under the present weights."""
         return tuple(self._tokens)
 
     def state(self) -> dict[str, Any]:
@@ -76,6 +100,8 @@ class MixedOrder:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; the weights are the caller's to set before."""
         for order, epoch, position in zip(self._orders, state["epochs"], state["positions"], strict=True):
             order.move_to(epoch, position)
         self._tokens = list(state["tokens"])
+        self._total = sum(self._tokens)
