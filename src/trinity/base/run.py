@@ -41,6 +41,16 @@ class MetricsLog:
             self._file.close()
 
 
+class Unwritten:
+    """What the processes of a run that do not keep its log write to: nothing."""
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a JSONL file; a last line cut off by a kill is left out."""
     with path.open(encoding="utf-8") as file:

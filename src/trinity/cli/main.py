@@ -10,7 +10,7 @@ import os
 import sys
 from typing import NoReturn
 
-from trinity.base.errors import TrinityError, nearest
+from trinity.base.errors import TrinityError, UsageError, nearest
 
 COMMANDS = {
     "demo": ("trinity.cli.demo", "the whole story on this machine, from raw text to a served model"),
@@ -96,7 +96,10 @@ def run_command(name: str, arguments: list[str]) -> int:
         options = parser.parse_args(arguments)
         options.action(options)
     except TrinityError as error:
-        print(f"trinity {name}: {error}", file=sys.stderr)
+        # Of several processes all make the same mistake of usage; the first one tells.
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(error, UsageError):
+            print(f"trinity {name}{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"\ntrinity {name}: interrupted. What was saved stays; the same command again goes on.", file=sys.stderr)

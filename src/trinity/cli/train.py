@@ -3,6 +3,7 @@
 Example:
   trinity train debug --out runs/debug
   trinity train demo --data tokens/ --out runs/demo --set train.tokens=2M --set optim.muon_lr=0.01
+  torchrun --nproc-per-node 8 -m trinity.cli.main train nano --data mix/ --out runs/nano --set parallel.expert=8
 
 Recipe debug without --data reads a small corpus made from this Python's standard library. The same command again
 resumes. What
@@ -12,6 +13,7 @@ decides no step's arithmetic (the guard, the cadence of saving and evaluating) m
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,26 +40,41 @@ def train_recipe(options: argparse.Namespace) -> None:
     config = override(recipe(options.recipe), options.settings)
     if options.out.is_file():
         raise UsageError(f"{options.out} is a file.", "Name a folder with --out.")
-    from trinity.data.embedded import embedded_corpus
+    from trinity.parallel.mesh import joined_world
     from trinity.train.display import TrainingDisplay
     from trinity.train.loop import train
 
-    data = options.data or data_of(options.out)
-    if data is None:
-        if options.recipe != "debug":
-            raise UsageError(
-                f"Recipe '{options.recipe}' needs text; the embedded corpus is for 'debug' alone.",
-                "Give a token folder with --data, such as demo/tokens after `make demo`.",
-            )
-        data = embedded_corpus(options.out / "data", config.model.vocab_size)
-    with TrainingDisplay(config.horizon) as display:
-        state = train(config, data, options.out, display.say, display.show)
+    with joined_world(config) as world:
+        data = options.data or _given_or_embedded(options, config, world)
+        with TrainingDisplay(config.horizon, world.is_first) as display:
+            state = train(config, data, options.out, display.say, display.show, world)
+    if not world.is_first:
+        return
     result = {"run": str(options.out), "step": state.step, "tokens": state.tokens}
     if options.json:
         print(json.dumps(result))
         return
     print(f"Trained {options.out} to step {state.step}, {state.tokens:,} tokens.")
     print(f"Next: trinity generate {options.out} --prompt 'def '   |   trinity report {options.out} --out page.html")
+
+
+def _given_or_embedded(options: argparse.Namespace, config: Any, world: Any) -> Path:
+    """The data of a run that --data does not name: what it was begun with, or, for debug, the embedded corpus."""
+    from trinity.base.errors import UsageError
+    from trinity.data.embedded import embedded_corpus
+
+    begun_with = data_of(options.out)
+    if begun_with is not None:
+        return begun_with
+    if options.recipe != "debug":
+        raise UsageError(
+            f"Recipe '{options.recipe}' needs text; the embedded corpus is for 'debug' alone.",
+            "Give a token folder with --data, such as demo/tokens after `make demo`.",
+        )
+    if world.is_first:
+        embedded_corpus(options.out / "data", config.model.vocab_size)
+    world.barrier()
+    return options.out / "data"
 
 
 def data_of(run: Path) -> Path | None:

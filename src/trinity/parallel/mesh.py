@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trinity.base.errors import ConfigError
-from trinity.config.model import ModelConfig
 from trinity.config.parallel import ParallelConfig
+from trinity.config.run import RunConfig
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a save or an evaluation may keep others waiting; hangs alarm earlier
 
@@ -75,6 +75,11 @@ class World:
             dist.all_reduce(values, group=self.context_group)
         return values
 
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.dense is not None:
+            dist.barrier()
+
     @property
     def context_group(self) -> dist.ProcessGroup:
         assert self.by_row is not None
@@ -96,8 +101,9 @@ class Layout(NamedTuple):
     expert_shard: int
 
 
-def layout(parallel: ParallelConfig, size: int, model: ModelConfig) -> Layout:
-    """Check a layout against the number of processes and the model; a ConfigError says which numbers do not divide."""
+def layout(config: RunConfig, size: int) -> Layout:
+    """Check a layout against the number of processes and the run; a ConfigError says which numbers do not divide."""
+    parallel, model = config.parallel, config.model
     fixed = parallel.replicate * parallel.context
     shard = parallel.shard or size // fixed
     if parallel.replicate * shard * parallel.context != size:
@@ -125,6 +131,18 @@ def layout(parallel: ParallelConfig, size: int, model: ModelConfig) -> Layout:
             "layers need.",
             "Choose parallel.context as a divisor of model.num_attention_heads.",
         )
+    if config.data.sequence_length % parallel.context:
+        raise ConfigError(
+            f"Rows of {config.data.sequence_length} tokens cannot be cut evenly for {parallel.context} context ranks.",
+            "Choose parallel.context as a divisor of data.sequence_length.",
+        )
+    share = parallel.replicate * shard * config.train.microbatch_rows * config.data.sequence_length
+    if config.train.batch_tokens % share:
+        raise ConfigError(
+            f"A step of {config.train.batch_tokens} tokens is not a whole number of microbatches for each of "
+            f"{parallel.replicate * shard} processes that read rows ({share} tokens in one round).",
+            "Change train.batch_tokens, train.microbatch_rows or the number of processes.",
+        )
     return Layout(
         replicate=parallel.replicate,
         shard=shard,
@@ -135,11 +153,11 @@ def layout(parallel: ParallelConfig, size: int, model: ModelConfig) -> Layout:
 
 
 @contextmanager
-def joined_world(parallel: ParallelConfig, model: ModelConfig) -> Iterator[World]:
+def joined_world(config: RunConfig) -> Iterator[World]:
     """This process's place among those of the launcher; the process group lives as long as the block."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    found = layout(parallel, size, model)
-    device = device_of(parallel)
+    found = layout(config, size)
+    device = device_of(config.parallel)
     if size == 1:
         yield World.alone(device)
         return

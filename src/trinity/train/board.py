@@ -20,9 +20,12 @@ from torch.utils.tensorboard import summary
 class Board:
     """One event file in `folder`. After a resume at a step, viewers drop what an earlier file says of later steps."""
 
-    def __init__(self, folder: Path, resume_step: int, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path | None, resume_step: int, say: Callable[[str], None]) -> None:
+        """folder: None writes nothing, as the processes do that do not keep a run's log."""
         self.say = say
         self._file: BinaryIO | None = None
+        if folder is None:
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trinity.config.run import RunConfig
 from trinity.data.loader import Loader
+from trinity.train.loop import next_microbatches
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update, learning_rates
 
@@ -15,11 +16,10 @@ _STEPS, _UNCOUNTED = 8, 2  # the first steps pay for allocations
 def tokens_per_second(config: RunConfig, data: Path) -> float:
     """Median speed over a few steps of a throwaway run, loading and update included."""
     state = TrainState.fresh(config, Loader(data, config.data, config.train.seed))
-    microbatches = config.train.batch_tokens // (config.train.microbatch_rows * config.data.sequence_length)
     seconds = []
     for _ in range(_STEPS):
         started = time.perf_counter()
-        batches = [state.loader.next_batch(config.train.microbatch_rows) for _ in range(microbatches)]
+        batches = next_microbatches(state.loader, config, state.world)
         measured = accumulate(state, batches, config)
         apply_update(state, measured, config, learning_rates(config.train.batch_tokens, config))
         seconds.append(time.perf_counter() - started)

@@ -19,10 +19,11 @@ _PLAIN_SECONDS = 10.0
 class TrainingDisplay:
     """`with TrainingDisplay(total_tokens) as display: train(..., say=display.say, show=display.show)`."""
 
-    def __init__(self, total_tokens: int) -> None:
-        self.total = total_tokens
+    def __init__(self, total_tokens: int, shown: bool = True) -> None:
+        """shown: False for the processes of a run that leave the screen to the first one."""
+        self.total, self.shown = total_tokens, shown
         self.console = Console(stderr=True, highlight=False)
-        self.live = self.console.is_terminal
+        self.live = shown and self.console.is_terminal
         self.started: float | None = None
         self.start_tokens = 0
         self.last_plain = 0.0
@@ -47,9 +48,12 @@ class TrainingDisplay:
             self.bar.stop()
 
     def say(self, sentence: str) -> None:
-        self.console.print(sentence, markup=False, soft_wrap=True)
+        if self.shown:
+            self.console.print(sentence, markup=False, soft_wrap=True)
 
     def show(self, progress: StepProgress) -> None:
+        if not self.shown:
+            return
         now = time.monotonic()
         if self.started is None:
             self.started, self.start_tokens = now, progress.tokens

@@ -12,12 +12,14 @@ import torch
 from trinity.balance.health import Health, measure
 from trinity.base.durable import write_durably
 from trinity.base.lineage import code_version
-from trinity.base.run import MetricsLog, read_lines
+from trinity.base.run import MetricsLog, Unwritten, read_lines
 from trinity.ckpt.folder import PRE_ANNEAL, point_to, prune
 from trinity.config.run import RunConfig
 from trinity.data.heldout import heldout_documents
 from trinity.data.mix import HeldoutDocument
 from trinity.model.generate import continue_greedily
+from trinity.parallel.expert import dispatch_over
+from trinity.parallel.mesh import World
 from trinity.text.tokenizer import Tokenizer
 from trinity.train.board import Board
 from trinity.train.evaluate import score_documents, total
@@ -51,10 +53,11 @@ class Duties:
         config: RunConfig,
         resume_step: int,
         say: Callable[[str], None],
+        world: World,
     ) -> None:
-        self.run, self.config, self.say = run, config, say
-        self.metrics = MetricsLog(run, resume_step)
-        self.board = Board(run / "tensorboard", resume_step, say)
+        self.run, self.config, self.say, self.world = run, config, say, world
+        self.metrics = MetricsLog(run, resume_step) if world.is_first else Unwritten()
+        self.board = Board(run / "tensorboard" if world.is_first else None, resume_step, say)
         self.heldout = within(heldout_documents(data), config.train.evaluate_bytes, tokenizer)
         self.bits_per_byte: float | None = None
 
@@ -108,6 +111,8 @@ class Duties:
 
     def rolled_back(self, step: int) -> None:
         """Drop what was logged of the steps after `step`, which are run again; the guard's lines stay."""
+        if isinstance(self.metrics, Unwritten):
+            return
         self.metrics.close()
         lines = list(read_lines(self.metrics.path))
         kept = [line for line in lines if line["step"] <= step or line["kind"] == "guard"]
@@ -117,7 +122,7 @@ class Duties:
 
     def resumed(self, state: TrainState) -> None:
         """Record by what the run goes on, and say so where bits may differ from those of a run that was not killed."""
-        here = machine()
+        here = machine(self.world)
         self.metrics.write("resume", state.step, tokens=state.tokens, **here, code=code_version())
         before = begun(self.run)["begun_with"]
         unlike = [f"{name} {before.get(name)}, now {here[name]}" for name in here if before.get(name) != here[name]]
@@ -134,7 +139,7 @@ class Duties:
         if not self.heldout:
             return
         state.model.eval()
-        score = total(score_documents(state.model, self.heldout, self.config.data.sequence_length))
+        score = total(score_documents(state.model, self.heldout, self.config.data.sequence_length, self.world))
         state.model.train()
         self.bits_per_byte = score.bits_per_byte
         self.metrics.write(
@@ -154,7 +159,10 @@ class Duties:
         prompt = tokenizer.decode(list(self.heldout[0][0][1:13]))
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
         room = self.config.model.max_position_embeddings - len(ids)
-        new = continue_greedily(state.model, ids, min(self.config.train.sample_tokens, room), {tokenizer.eos_id})
+        new = continue_greedily(
+            state.model, ids, min(self.config.train.sample_tokens, room), dispatch=dispatch_over(self.world)
+        )
+        new = new[: new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new
         text = tokenizer.decode(new)
         self.metrics.write("sample", state.step, prompt=prompt, text=text)
         self.board.text("sample", f"{prompt}|{text}", state.step)

@@ -11,9 +11,12 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from trinity.model.loss import IGNORED, token_nats
 from trinity.model.transformer import Transformer
+from trinity.parallel.expert import dispatch_over
+from trinity.parallel.mesh import World
 
 _TOKENS_AT_ONCE = 4096
 
@@ -33,38 +36,50 @@ class Score(NamedTuple):
         return self.nats / max(self.tokens, 1)
 
 
+class RowPart(NamedTuple):
+    """Some tokens of a document and what each predicts; IGNORED where another row counts the token."""
+
+    document: int
+    inputs: list[int]
+    targets: list[int]
+
+
 @torch.no_grad()
-def score_documents(model: Transformer, documents: Iterable[tuple[Sequence[int], int]], row_length: int) -> list[Score]:
-    """Score (token ids with begin and end token, UTF-8 bytes of the text) documents, one Score each."""
-    rows = max(1, _TOKENS_AT_ONCE // row_length)
-    nats: list[float] = []
+def score_documents(
+    model: Transformer, documents: Iterable[tuple[Sequence[int], int]], row_length: int, world: World | None = None
+) -> list[Score]:
+    """Score (token ids with begin and end token, UTF-8 bytes of the text) documents, one Score each.
+
+    Several processes take the batches of rows in turn; all get all scores.
+    """
+    world = world or World.alone(model.embed_tokens.weight.device)
+    rows: list[RowPart] = []
     lengths: list[tuple[int, int]] = []
-    pending: list[tuple[int, list[int], list[int]]] = []  # (document, inputs, targets), rows of at most row_length
-
-    def flush() -> None:
-        if not pending:
-            return
-        width = max(len(inputs) for _, inputs, _ in pending)
-        inputs = torch.tensor([row + [0] * (width - len(row)) for _, row, _ in pending])
-        targets = torch.tensor([row + [IGNORED] * (width - len(row)) for _, _, row in pending])
-        hidden = model(inputs).hidden
-        counted = targets != IGNORED
-        found = torch.zeros(targets.shape)
-        found[counted] = token_nats(hidden[counted], model.lm_head.weight, targets[counted])
-        for (document, _, _), value in zip(pending, found.double().sum(-1).tolist(), strict=True):
-            nats[document] += value
-        pending.clear()
-
     for index, (ids, size) in enumerate(documents):
         text = list(ids)[:-1]  # without the end token
-        nats.append(0.0)
         lengths.append((max(len(text) - 1, 0), size))
-        for inputs, targets in overlapping_rows(text, row_length):
-            pending.append((index, inputs, targets))
-            if len(pending) == rows:
-                flush()
-    flush()
-    return [Score(value, tokens, size) for value, (tokens, size) in zip(nats, lengths, strict=True)]
+        rows += [RowPart(index, *row) for row in overlapping_rows(text, row_length)]
+    at_once = max(1, _TOKENS_AT_ONCE // row_length)
+    batches = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
+    # A sharded model runs on all processes together: who has no batch left reads a token and counts nothing.
+    batches += [[RowPart(0, [0], [IGNORED])]] * (-len(batches) % world.size)
+    nats = torch.zeros(len(lengths), dtype=torch.float64, device=world.device)
+    for batch in batches[world.rank :: world.size]:
+        found = _row_nats(model, batch, world)
+        nats.index_add_(0, torch.tensor([row.document for row in batch], device=world.device), found)
+    return [Score(value, *length) for value, length in zip(world.sum(nats).tolist(), lengths, strict=True)]
+
+
+def _row_nats(model: Transformer, batch: list[RowPart], world: World) -> Tensor:
+    """Nats of the targets of each row: [B] float64."""
+    width = max(len(row.inputs) for row in batch)
+    inputs = torch.tensor([row.inputs + [0] * (width - len(row.inputs)) for row in batch], device=world.device)
+    targets = torch.tensor([row.targets + [IGNORED] * (width - len(row.targets)) for row in batch], device=world.device)
+    hidden = model(inputs, dispatch=dispatch_over(world)).hidden
+    counted = targets != IGNORED
+    found = torch.zeros(targets.shape, device=world.device)
+    found[counted] = token_nats(hidden[counted], model.lm_head.weight, targets[counted])
+    return found.double().sum(-1)
 
 
 def overlapping_rows(text: list[int], row_length: int) -> list[tuple[list[int], list[int]]]:

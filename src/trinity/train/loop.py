@@ -6,7 +6,7 @@ A run killed at any moment and started again ends in bit-identical weights: the 
 import fcntl
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from trinity.base.durable import refusing_disk
@@ -14,7 +14,8 @@ from trinity.base.errors import ConfigError, TrainingHalted, UsageError
 from trinity.base.run import CONFIG
 from trinity.ckpt.folder import newest_good, read_checkpoint
 from trinity.config.run import RunConfig
-from trinity.data.loader import Loader
+from trinity.data.loader import Batch, Loader
+from trinity.parallel.mesh import World, device_of
 from trinity.train import settings
 from trinity.train.duties import Duties, Progress, due
 from trinity.train.state import TrainState
@@ -27,18 +28,22 @@ def train(
     run: Path,
     say: Callable[[str], None],
     show: Callable[[Progress], None],
+    world: World | None = None,
 ) -> TrainState:
     """Train to the configured horizon into the folder `run`, resuming what is there; returns the final state.
 
-    say: sentences for people. show: called after every step for a display.
+    say: sentences for people. show: called after every step for a display. world: this process's place among several,
+    which all call this with the same arguments; the first one writes.
     """
-    with only_user_of(run):
-        state, changed = prepare(config, data, run, say)
-        duties = Duties(run, data, state.loader.tokenizer, config, state.step, say)
+    world = world or World.alone(device_of(config.parallel))
+    with only_user_of(run) if world.is_first else nullcontext():
+        state, changed = prepare(config, data, run, say, world)
+        duties = Duties(run, data, state.loader.tokenizer, config, state.step, say, world)
         try:
             if changed:
                 duties.changed(state.step, changed)
-                settings.adopt(run, config)
+                if world.is_first:
+                    settings.adopt(run, config)
             if state.tokens >= config.horizon:
                 say(f"{run} is complete at {state.tokens:,} tokens; nothing to do.")
             elif state.step == 0:
@@ -52,11 +57,10 @@ def train(
 
 
 def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, show: Callable[[Progress], None]) -> None:
-    microbatches = config.train.batch_tokens // (config.train.microbatch_rows * config.data.sequence_length)
     anneal_start = config.horizon - config.optim.decay_tokens
     while state.tokens < config.horizon:
         started = time.perf_counter()
-        batches = [state.loader.next_batch(config.train.microbatch_rows) for _ in range(microbatches)]
+        batches = next_microbatches(state.loader, config, state.world)
         measured = accumulate(state, batches, config)
         verdict = state.guard.judge(measured.loss, measured.grad_norm)
         if verdict.action in ("rollback", "stop"):
@@ -83,6 +87,15 @@ def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, sh
         _do_duties(state, config, duties, before, anneal_start)
 
 
+def next_microbatches(loader: Loader, config: RunConfig, world: World) -> list[Batch]:
+    """This process's microbatches of the next step. Everybody draws the rows of all, so the stream is one stream."""
+    rows = config.train.batch_tokens // config.data.sequence_length
+    own = rows // world.data_size
+    whole = loader.next_batch(rows)
+    mine = [x[world.data_rank * own : (world.data_rank + 1) * own].split(config.train.microbatch_rows) for x in whole]
+    return [Batch(*parts) for parts in zip(*mine, strict=True)]
+
+
 def _do_duties(state: TrainState, config: RunConfig, duties: Duties, before: int, anneal_start: int) -> None:
     done = state.tokens >= config.horizon
     if done or due(config.train.evaluate_every_tokens, before, state.tokens):
@@ -106,7 +119,9 @@ def _roll_back(state: TrainState, config: RunConfig, run: Path, duties: Duties) 
     duties.say(f"rolled back to step {state.step}; the data read since is not read again")
 
 
-def prepare(config: RunConfig, data: Path, run: Path, say: Callable[[str], None]) -> tuple[TrainState, list[str]]:
+def prepare(
+    config: RunConfig, data: Path, run: Path, say: Callable[[str], None], world: World
+) -> tuple[TrainState, list[str]]:
     """A fresh state, or that of the newest good checkpoint of the same run; and the settings that a resume changed."""
     loader = Loader(data, config.data, config.train.seed)
     if loader.tokenizer.vocab_size > config.model.vocab_size:
@@ -115,12 +130,11 @@ def prepare(config: RunConfig, data: Path, run: Path, say: Callable[[str], None]
             f"{config.model.vocab_size}.",
             "Set model.vocab_size to at least the former.",
         )
-    changed: list[str] = []
-    if (run / CONFIG).exists():
-        changed = settings.changes(run, config, loader)
-    else:
-        settings.begin(run, config, loader, data)
-    state = TrainState.fresh(config, loader)
+    if world.is_first and not (run / CONFIG).exists():
+        settings.begin(run, config, loader, data, world)
+    world.barrier()
+    changed = settings.changes(run, config, loader)
+    state = TrainState.fresh(config, loader, world)
     newest = newest_good(run, say)
     if newest is not None:
         state.restore(read_checkpoint(newest), config)

@@ -13,6 +13,7 @@ from trinity.base.run import CONFIG
 from trinity.config.load import config_fingerprint, differences, to_dict
 from trinity.config.run import RunConfig
 from trinity.data.loader import Loader
+from trinity.parallel.mesh import World
 
 FREE = (
     "spike_sigmas",
@@ -27,7 +28,7 @@ FREE = (
 )  # of train
 
 
-def begin(run: Path, config: RunConfig, loader: Loader, data: Path) -> None:
+def begin(run: Path, config: RunConfig, loader: Loader, data: Path, world: World) -> None:
     """Record what a new run is made from."""
     loader.tokenizer.save(run)
     write_lineage(
@@ -41,7 +42,7 @@ def begin(run: Path, config: RunConfig, loader: Loader, data: Path) -> None:
         "data": str(data),
         "data_fingerprint": loader.data_fingerprint,
         "tokenizer_fingerprint": loader.tokenizer.fingerprint,
-        "begun_with": machine(),
+        "begun_with": machine(world),
     }
     write_json(run / CONFIG, known)  # last: a run that has it has the two others
 
@@ -92,13 +93,18 @@ def locked_fingerprint(config: RunConfig) -> str:
     return fingerprint(_locked(to_dict(config)))
 
 
-def machine() -> dict[str, Any]:
+def machine(world: World) -> dict[str, Any]:
     """What else the bits of a step depend on."""
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "processes": world.size}
 
 
 def _locked(config: dict[str, Any]) -> dict[str, Any]:
-    return {**config, "train": {key: value for key, value in config["train"].items() if key not in FREE}}
+    """What decides the arithmetic of steps. The layout over processes is not part of it, beyond rounding."""
+    return {
+        **config,
+        "train": {key: value for key, value in config["train"].items() if key not in FREE},
+        "parallel": {"precision": config["parallel"]["precision"]},
+    }
 
 
 def _resolved(config: RunConfig) -> dict[str, Any]:
