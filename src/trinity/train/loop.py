@@ -88,12 +88,10 @@ def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, sh
 
 
 def next_microbatches(loader: Loader, config: RunConfig, world: World) -> list[Batch]:
-    """This process's microbatches of the next step. Everybody draws the rows of all, so the stream is one stream."""
-    rows = config.train.batch_tokens // config.data.sequence_length
-    own = rows // world.data_size
-    whole = loader.next_batch(rows)
-    mine = [x[world.data_rank * own : (world.data_rank + 1) * own].split(config.train.microbatch_rows) for x in whole]
-    return [Batch(*parts) for parts in zip(*mine, strict=True)]
+    """This process's microbatches of the next step. Each holds the same rows whatever the number of processes."""
+    rows = config.train.microbatch_rows
+    rounds = config.train.batch_tokens // (rows * config.data.sequence_length * world.data_size)
+    return [loader.next_batch(rows, world.data_rank, world.data_size) for _ in range(rounds)]
 
 
 def _do_duties(state: TrainState, config: RunConfig, duties: Duties, before: int, anneal_start: int) -> None:
