@@ -29,7 +29,7 @@ FLIPS: dict[str, str] = {
     "balance.rule": "sign", "balance.smebu_beta": "0.9",
     "data.buffer_documents": "3", "data.sequence_length": "64",
     "train.seed": "1", "train.batch_tokens": "2048", "train.microbatch_rows": "8", "train.tokens": "8K",
-    "train.sample_tokens": "0", "train.save_every_tokens": "0", "train.evaluate_bytes": "9000",
+    "train.keep_every_tokens": "2K", "train.sample_tokens": "0", "train.save_every_tokens": "0", "train.evaluate_bytes": "9000",
 }  # fmt: skip
 
 # Knobs that a healthy run of six steps cannot show, and where they are shown instead.
@@ -69,6 +69,7 @@ def outcome(config: RunConfig, data, folder) -> str:
     log = [
         {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")}
         for line in read_lines(folder / "metrics.jsonl")
+        if line["kind"] != "save"  # when a save ends is a matter of time
     ]
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     return repr((weights, log, kept))

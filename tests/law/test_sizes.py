@@ -13,8 +13,8 @@ CEILINGS = {
     "align": 250,
     "audit": 1000,
     "balance": 150,
-    "base": 500,
-    "ckpt": 750,
+    "base": 550,
+    "ckpt": 1100,
     "cli": 1850,
     "config": 700,
     "data": 3200,
@@ -28,7 +28,7 @@ CEILINGS = {
     "report": 850,
     "serve": 1400,
     "text": 450,
-    "train": 1200,
+    "train": 1400,
 }
 
 

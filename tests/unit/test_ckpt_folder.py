@@ -1,5 +1,6 @@
 """Checkpoints of a run: sealed, compared, pruned, and found again whatever happened to the newest of them."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -8,49 +9,65 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from trinity.base import durable
 from trinity.base.errors import CheckpointError, StorageError
-from trinity.ckpt import folder
+from trinity.ckpt import folder, shards
 from trinity.ckpt.folder import (
     LATEST,
     MODEL,
     OPTIMIZER,
     PRE_ANNEAL,
     STATE,
+    Staged,
     newest_good,
     point_to,
     prune,
     read_checkpoint,
     save_checkpoint,
+    stage,
     step_folders,
 )
+from trinity.ckpt.shards import Piece
+from trinity.config.load import override, to_dict
+from trinity.model.init import build_model
+from trinity.recipes.table import recipe
+
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+SIZES = ["vocab_size=16", "hidden_size=16", "num_hidden_layers=3", "num_experts=4", "intermediate_size=16"]
+MODEL_CONFIG = override(recipe("debug"), [f"model.{size}" for size in SIZES]).model
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
+    """Kinds of tensors that must come back bit for bit, beside those of a model."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        "a": torch.randn(3, 4, generator=generator),
         "transposed": torch.randn(5, 2, generator=generator).T,
         "half": torch.randn(4, generator=generator).bfloat16(),
         "counts": torch.arange(3) + seed,
         "not a number": torch.tensor([float("nan"), float("inf"), -0.0]),
+        "no rows": torch.zeros(0, 4),
     }
 
 
+def staged(step: int) -> Staged:
+    config = MODEL_CONFIG
+    state = {"step": step, "tokens": step * 100, "model_config": to_dict(config)}
+    return stage(build_model(config, step).state_dict(), tensors(step), state)
+
+
 def save(run: Path, step: int, name: str | None = None) -> Path:
-    return save_checkpoint(run, name or f"step-{step:08d}", tensors(step), {"m": torch.ones(step)}, {"step": step})
+    return save_checkpoint(run, name or f"step-{step:08d}", staged(step))
 
 
 def truncate(checkpoint: Path) -> None:
-    os.truncate(checkpoint / MODEL, 100)
+    os.truncate(checkpoint / MODEL / SHARD, 100)
 
 
 def flip_a_byte(checkpoint: Path) -> None:
-    content = bytearray((checkpoint / OPTIMIZER).read_bytes())
+    content = bytearray((checkpoint / OPTIMIZER / SHARD).read_bytes())
     content[-1] ^= 1
-    (checkpoint / OPTIMIZER).write_bytes(bytes(content))
+    (checkpoint / OPTIMIZER / SHARD).write_bytes(bytes(content))
 
 
 def lose_the_manifest(checkpoint: Path) -> None:
@@ -66,8 +83,8 @@ def add_a_file(checkpoint: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
-    "model.safetensors has 100 bytes": truncate,
-    "optimizer.safetensors was altered": flip_a_byte,
+    f"model/{SHARD} has 100 bytes": truncate,
+    f"optimizer/{SHARD} was altered": flip_a_byte,
     "manifest.json is missing": lose_the_manifest,
     "manifest.json is not a manifest": spoil_the_manifest,
     "more.bin is not in the manifest": add_a_file,
@@ -76,41 +93,107 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 def test_what_is_saved_is_read_back_bit_for_bit(tmp_path: Path):
     found = read_checkpoint(save(tmp_path, 7))
-    assert found.state == {"step": 7} and torch.equal(found.optimizer["m"], torch.ones(7))
-    for name, tensor in tensors(7).items():
-        assert found.model[name].dtype == tensor.dtype and found.model[name].shape == tensor.shape
-        assert torch.equal(found.model[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
-    assert sorted(path.name for path in found.folder.iterdir()) == ["manifest.json", MODEL, OPTIMIZER, STATE]
+    assert found.state["step"] == 7 and found.state["tokens"] == 700
+    for held, wanted in ((found.model, build_model(MODEL_CONFIG, 7).state_dict()), (found.optimizer, tensors(7))):
+        assert held.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert held[name].dtype == tensor.dtype and held[name].shape == tensor.shape
+            assert torch.equal(held[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+    files = sorted(path.relative_to(found.folder).as_posix() for path in found.folder.rglob("*") if path.is_file())
+    assert files == ["manifest.json", f"model/{SHARD}", f"optimizer/{SHARD}", STATE]
+
+
+def test_a_staged_copy_is_not_moved_by_the_run(tmp_path: Path):
+    model, history = build_model(MODEL_CONFIG, 1), [1.0]
+    copy = stage(model.state_dict(), {}, {"tokens": 1, "losses": history, "model_config": to_dict(MODEL_CONFIG)})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    history.append(2.0)
+    found = read_checkpoint(save_checkpoint(tmp_path, "step-00000001", copy))
+    assert found.state["losses"] == [1.0]
+    for name, tensor in build_model(MODEL_CONFIG, 1).state_dict().items():
+        assert torch.equal(found.model[name], tensor), name
+
+
+def test_large_tensors_go_into_several_files(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(shards, "FILE_BYTES", 20_000)
+    saved = save(tmp_path, 3)
+    assert len(list((saved / MODEL).iterdir())) > 3
+    for name, tensor in read_checkpoint(saved).model.items():
+        assert torch.equal(tensor, build_model(MODEL_CONFIG, 3).state_dict()[name]), name
 
 
 def test_a_disk_that_alters_what_it_stores_is_found_before_anything_moves(tmp_path: Path, monkeypatch):
     save(tmp_path, 1)
-    original = folder.save_file
 
-    def lying(values, path):
-        original({name: value + 1 if name == "counts" else value for name, value in values.items()}, path)
+    def lying(self, index, original=shards._PiecePlanner.lookup_object):
+        return original(self, index) + (1 if index.fqn == "counts" else 0)
 
-    monkeypatch.setattr(folder, "save_file", lying)
+    monkeypatch.setattr(shards._PiecePlanner, "lookup_object", lying)
     with pytest.raises(CheckpointError, match="counts read back differently") as caught:
         save(tmp_path, 2)
     assert caught.value.remedy
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [("I/O error: No space left on device (os error 28)", StorageError), ("I/O error: (os error 5)", CheckpointError)],
-)
-def test_what_the_file_library_says_of_the_disk_is_understood(tmp_path: Path, monkeypatch, text: str, kind):
+STACK = "layers.2.mlp.experts.down_proj"
+
+
+def test_an_expert_left_out_or_written_twice_is_found_before_anything_moves(tmp_path: Path, monkeypatch):
+    """Two files that hold experts 0-1 and 3 of 4, or 0-2 and 2-3: no promise of the writer is believed."""
+    save(tmp_path, 1)
+    whole = staged(2)
+    stack = whole.model[STACK].values
+
+    def piece(first: int, stop: int) -> Piece:
+        return Piece(stack[first:stop].clone(), stack.shape, torch.Size([first, 0, 0]))
+
+    original = folder.write_part
+    for others, wrong in ((piece(3, 4), "expert 2"), (piece(1, 4), "expert 1"), (None, "expert 2, 3")):
+
+        def forgetting(path, pieces, peers, others=others):
+            if path.name != MODEL:
+                return original(path, pieces, peers)
+            with monkeypatch.context() as patch:
+                patch.setattr("torch.distributed.checkpoint.default_planner._validate_global_plan", lambda *_: [])
+                written = original(path, pieces | {STACK: piece(0, 2)}, peers)
+                if others is not None:
+                    extra = original(path / "more", {STACK: others}, peers)
+                    written.append(extra[0].rename(path / "shard-00002-model-00001-of-00001.safetensors"))
+                    extra[0].parent.rmdir()
+            return written
+
+        with monkeypatch.context() as patch:
+            patch.setattr(folder, "write_part", forgetting)
+            patch.setattr(folder, "compare", lambda *_: None)
+            with pytest.raises(CheckpointError, match=f"incompletely: {wrong} of {STACK} is not held exactly once"):
+                save_checkpoint(tmp_path, "step-00000002", whole)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_tensor_that_is_missing_or_not_part_of_the_model_is_named(tmp_path: Path):
+    whole = staged(2)
+    lacking = {name: piece for name, piece in whole.model.items() if name != "norm.weight"}
+    with pytest.raises(CheckpointError, match=r"norm\.weight is missing"):
+        save_checkpoint(tmp_path, "a", whole._replace(model=lacking))
+    stray = Piece(torch.ones(2), torch.Size([2]), torch.Size([0]))
+    with pytest.raises(CheckpointError, match="stray is not part of it"):
+        save_checkpoint(tmp_path, "a", whole._replace(model=whole.model | {"stray": stray}))
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch, number: int):
     save(tmp_path, 1)
 
-    def failing(values, path):
-        raise SafetensorError(f"Error while serializing: {text}")
+    def failing(self, path, mode):
+        raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(folder, "save_file", failing)
-    with pytest.raises(kind) as caught:
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", failing)
+    with pytest.raises(StorageError, match="disk is full") as caught:
         save(tmp_path, 2)
-    assert caught.value.remedy and ("disk is full" in caught.value.what) == (kind is StorageError)
+    assert caught.value.remedy
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
@@ -128,12 +211,25 @@ def test_only_the_newest_and_the_pre_anneal_checkpoint_stay(tmp_path: Path):
     assert len(step_folders(tmp_path)) == 2
 
 
+def test_milestones_stay_for_good_whatever_goes_between_them(tmp_path: Path):
+    """Every 250 tokens of checkpoints 100 tokens apart: those of 300, 500, 800, 1000 tokens; and the newest one."""
+    for step in range(1, 13):
+        save(tmp_path, step)
+        prune(tmp_path, keep=1, keep_every_tokens=250)
+    assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [3, 5, 8, 10, 12]
+    prune(tmp_path, keep=1, keep_every_tokens=500)
+    assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [5, 10, 12]
+    (tmp_path / "checkpoints" / "step-00000005" / STATE).write_text("[]")
+    prune(tmp_path, keep=1, keep_every_tokens=500)
+    assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [10, 12]
+
+
 def test_pruning_puts_back_what_a_kill_left_without_its_name(tmp_path: Path):
     kept = save(tmp_path, 1, PRE_ANNEAL)
     save(tmp_path, 2)
     kept.rename(kept.with_name(f".{PRE_ANNEAL}.retired-12"))
     prune(tmp_path, keep=1)
-    assert read_checkpoint(kept).state == {"step": 1}
+    assert read_checkpoint(kept).state["step"] == 1
 
 
 def test_the_pointer_names_a_checkpoint_and_nothing_depends_on_it(tmp_path: Path):

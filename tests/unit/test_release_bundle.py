@@ -38,7 +38,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     """A run folder as training leaves it: one checkpoint, metrics, configuration, tokenizer."""
-    from trinity.ckpt.folder import save_checkpoint
+    from trinity.ckpt.folder import save_checkpoint, stage
     from trinity.config.load import override, to_dict
     from trinity.model.init import build_model
     from trinity.recipes.table import recipe
@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     for bias in model.expert_biases():
         bias.uniform_(-0.1, 0.1)
     state = {"step": 64, "tokens": 65536, "model_config": to_dict(config.model)}
-    save_checkpoint(run, "step-00000064", model.state_dict(), {}, state)
+    save_checkpoint(run, "step-00000064", stage(model.state_dict(), {}, state))
     write_json(run / "config.json", {"config": to_dict(config), "fingerprint": "0"})
     rows = [
         {"kind": "step", "step": 64, "tokens": 65536, "loss": 3.25, "dead_experts": 0, "max_violation": 0.5},

@@ -9,10 +9,12 @@ import shutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from trinity.base.durable import seal
 from trinity.base.errors import ConfigError, DataError, StorageError, TrainingHalted
 from trinity.base.run import read_lines
+from trinity.ckpt.folder import read_checkpoint
 from trinity.config.load import override
 from trinity.config.train import TrainConfig
 from trinity.recipes.table import recipe
@@ -158,7 +160,7 @@ def test_the_pre_anneal_checkpoint_is_of_the_branch_the_run_ends_in(debug_data, 
     folder = tmp_path / "run"
     state, said, _ = run(debug_data, folder, "train.nonfinite_action=rollback")
     assert sum("pre-anneal" in sentence for sentence in said) == 2
-    kept = loop.read_checkpoint(folder / "checkpoints" / "pre-anneal")
+    kept = read_checkpoint(folder / "checkpoints" / "pre-anneal")
     assert kept.state["step"] == 11
     fresh = loop.Loader(debug_data, run_config().data, 0)
     for _ in range((9 + 3 + 2) * 1024 // (128 * 4)):  # 9 steps, 3 of the abandoned branch, and two of them again
@@ -239,22 +241,20 @@ def test_a_rollback_without_a_checkpoint_stops(debug_data, tmp_path, monkeypatch
 
 
 def test_a_full_disk_while_saving_loses_nothing(debug_data, tmp_path, monkeypatch):
-    from trinity.ckpt import folder
+    original, calls = FileSystem.create_stream, []
 
-    original, calls = folder.save_file, []
-
-    def full(tensors, path):
+    def full(self, path, mode):
         calls.append(path)
         if len(calls) == 3:  # the second checkpoint's weights
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(tensors, path)
+        return original(self, path, mode)
 
-    monkeypatch.setattr(folder, "save_file", full)
+    monkeypatch.setattr(FileSystem, "create_stream", full)
     with pytest.raises(StorageError, match="disk is full"):
         run(debug_data, tmp_path / "run")
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert saved == ["latest", "step-00000003"], "the first checkpoint is whole, nothing half written is left"
-    monkeypatch.setattr(folder, "save_file", original)
+    monkeypatch.setattr(FileSystem, "create_stream", original)
     state, said, _ = run(debug_data, tmp_path / "run")
     assert state.step == 12 and any("resuming" in sentence and "step 3" in sentence for sentence in said)
 

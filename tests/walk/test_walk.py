@@ -19,7 +19,8 @@ from text_folder import DAMAGED, write_text_folder
 from trinity.base.durable import unsealed_differences
 from trinity.base.lineage import fingerprint, read_lineage
 from trinity.base.run import read_lines
-from trinity.ckpt.folder import newest_good, read_checkpoint, read_tensors
+from trinity.ckpt.folder import newest_good, read_checkpoint
+from trinity.ckpt.shards import read_tensors
 from trinity.data.documents import content_fingerprint, read_documents
 from trinity.data.mix import open_corpus
 from trinity.data.tokens import TokenFolder, TokenSplit
@@ -195,11 +196,11 @@ def test_13_a_checkpoint(walk: Walk):
     lines = list(read_lines(run / "metrics.jsonl"))
     bits = [line["bits_per_byte"] for line in lines if line["kind"] == "evaluation"]
     assert bits[-1] < bits[0] - 0.5, "and it learns"
-    weights = (run / "checkpoints" / "step-00000032" / "model.safetensors").read_bytes()
+    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
     again = command("train", "debug", "--data", "walk/mix", "--out", "walk/run",
                     "--set", "train.tokens=32768", "--set", "optim.decay_tokens=8192")  # fmt: skip
     assert "nothing to do" in again
-    assert weights == (run / "checkpoints" / "step-00000032" / "model.safetensors").read_bytes()
+    assert before == {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
     walk.tell(13, f"32 steps, {bits[0]:.2f} -> {bits[-1]:.2f} bits per byte on held-out text; every file is sealed.")
 
 
@@ -224,7 +225,7 @@ def test_15_a_released_model(walk: Walk, tmp_path: Path):
     assert (HERE / "keys" / "me.pem").stat().st_mode & 0o077 == 0
     scale = names["ours"].logits(names["probe"]).abs().max()
     assert type(names["theirs"]).__name__ == "AfmoeForCausalLM" and names["difference"] <= 1e-5 * scale
-    trained = read_tensors(HERE / "run" / "checkpoints" / "pre-anneal" / "model.safetensors")
+    trained = read_tensors(HERE / "run" / "checkpoints" / "pre-anneal" / "model")
     assert all(torch.equal(trained[name], tensor) for name, tensor in names["ours"].model.state_dict().items())
 
     shutil.copytree(HERE / "truebase", tmp_path / "truebase")
@@ -260,7 +261,7 @@ def test_16_an_aligned_model(walk: Walk):
     assert losses[-1] < losses[0]
     lineage = read_lineage(HERE / "chat")
     assert lineage["parents"]["model_lineage"] == fingerprint(read_lineage(HERE / "truebase"))
-    before, after = (read_tensors(HERE / name / "model.safetensors") for name in ("truebase", "chat"))
+    before, after = (read_tensors(HERE / name) for name in ("truebase", "chat"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and not any(name.endswith("expert_bias") for name in moved)
     audited = json.loads((HERE / "audit-chat" / "results.json").read_text())

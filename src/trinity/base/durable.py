@@ -1,7 +1,8 @@
 """Files that survive a kill or a full disk: written aside, synced, then moved into place in one step.
 
 Aside means beside: `.NAME.writing-PID`, and `.NAME.retired-PID` for what NAME held where the system cannot exchange two
-folders in one step. `recover` clears away what a killed process left of either.
+folders in one step. `recover` clears away what a killed process left of either. A folder that several processes fill
+has a mark of its own behind the number, so that a straggler of a killed run never writes into the folder of the next.
 
 A folder is `sealed` by a manifest (manifest.json: sha256 and size of every other file). A sealed folder is either
 whole and verifiable, or it is recognisably not.
@@ -13,16 +14,18 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypedDict
 
 from trinity.base.errors import StorageError, VerificationError
 from trinity.base.units import show_bytes
 
 MANIFEST = "manifest.json"
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>writing|retired)-(?P<process>[0-9]+)", re.DOTALL)
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>writing|retired)-(?P<process>[0-9]+)(?:-[0-9a-f]+)?", re.DOTALL)
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _NOT_OFFERED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -70,14 +73,19 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_tree(folder: Path) -> None:
     """Make every file of a folder durable, and the names in it and in each folder below."""
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
             sync_folder(path)
         elif path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
@@ -116,18 +124,29 @@ def folder_aside(final: Path) -> Iterator[Path]:
 
     The folder is sealed with a manifest and synced before the move. An existing folder at `final` is replaced.
     """
-    aside = final.with_name(f".{final.name}.writing-{os.getpid()}")
     with refusing_disk(final):
-        recover(final.parent, final.name)
-        aside.mkdir(parents=True)
+        aside = begin_aside(final)
         try:
             yield aside
-            seal(aside)
-            sync_tree(aside)
-            move_into_place(aside, final)
+            finish_aside(aside, final)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+
+
+def begin_aside(final: Path) -> Path:
+    """A new empty folder beside `final`, for this process or several to fill. What a kill left there before goes."""
+    recover(final.parent, final.name)
+    aside = final.with_name(f".{final.name}.writing-{os.getpid()}-{secrets.token_hex(4)}")
+    aside.mkdir(parents=True)
+    return aside
+
+
+def finish_aside(aside: Path, final: Path, known: dict[str, "Sealed"] | None = None) -> None:
+    """Seal and sync what was written aside, and let it take its name. `known`: entries hashed already."""
+    seal(aside, known=known)
+    sync_tree(aside)
+    move_into_place(aside, final)
 
 
 def move_into_place(aside: Path, final: Path) -> None:
@@ -201,28 +220,49 @@ def listed_files(folder: Path, ignore: tuple[str, ...] = ()) -> list[str]:
     )
 
 
-def seal(folder: Path, ignore: tuple[str, ...] = ()) -> None:
-    """Write the folder's manifest: the sha256 and size in bytes of every other file in it."""
+class Sealed(TypedDict):
+    """What a manifest says of one file."""
+
+    sha256: str
+    bytes: int
+
+
+def sealed(path: Path) -> Sealed:
+    """The manifest's entry of one file as it is now."""
+    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+
+
+def seal(folder: Path, ignore: tuple[str, ...] = (), known: dict[str, Sealed] | None = None) -> None:
+    """Write the folder's manifest: the sha256 and size in bytes of every other file in it.
+
+    `known` holds entries that were made already, by relative name; files that are not there are hashed here.
+    """
+    known = known or {}
     files = {
-        name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in listed_files(folder, ignore)
+        name: known[name] if name in known else sealed(folder / name)
+        for name in sorted({*listed_files(folder, ignore), *known})
     }
     write_json(folder / MANIFEST, {"files": files})
 
 
-def unsealed_differences(folder: Path, ignore: tuple[str, ...] = ()) -> list[str]:
-    """What differs from the manifest, one sentence a file; empty when every byte is as it was sealed."""
+def unsealed_differences(folder: Path, ignore: tuple[str, ...] = (), share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What differs from the manifest, one sentence a file; empty when every byte is as it was sealed.
+
+    `share` (n, of): look at every `of`-th file from the n-th on, largest first, where several processes share the work.
+    """
     try:
         promised = {
             name: (entry["sha256"], entry["bytes"])
             for name, entry in json.loads((folder / MANIFEST).read_text())["files"].items()
         }
+        ordered = sorted(promised, key=lambda name: (-promised[name][1], name))
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST} is not a manifest"]
     differences = []
-    for name, (sha256, size) in promised.items():
+    for name in ordered[share[0] :: share[1]]:
+        sha256, size = promised[name]
         path = folder / name
         if not path.is_file():
             differences.append(f"{name} is missing")
@@ -230,7 +270,7 @@ def unsealed_differences(folder: Path, ignore: tuple[str, ...] = ()) -> list[str
             differences.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
         elif sha256_file(path) != sha256:
             differences.append(f"{name} was altered (sha256 differs)")
-    extra = set(listed_files(folder, ignore)) - set(promised)
+    extra = set(listed_files(folder, ignore)) - set(promised) if share[0] == 0 else set()
     return differences + [f"{name} is not in the manifest" for name in sorted(extra)]
 
 

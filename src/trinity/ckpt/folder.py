@@ -1,15 +1,18 @@
 """Checkpoints of a run: sealed folders, a pointer that moves last, and the search for the newest good one.
 
-    RUN/checkpoints/step-00000128/   model.safetensors, optimizer.safetensors, state.json, manifest.json
-    RUN/checkpoints/pre-anneal/      the same, kept for good: what a TrueBase release is made from
+    RUN/checkpoints/step-00000128/model/       shard-*.safetensors: what each process held of the weights
+                                  optimizer/   the same of the optimiser's state
+                                  state.json   counters, guard and loader, equal on all processes
+                                  manifest.json
+    RUN/checkpoints/pre-anneal/      the same under a name, kept for good: what a TrueBase release is made from
     RUN/checkpoints/latest           name of the newest checkpoint, for people and other programs
 
-A checkpoint is written aside, hashed, read back and compared, and only then moved into place; only after that does the
-pointer move and older ones go. A kill or a full disk at any moment leaves the previous checkpoint untouched. Resuming
-trusts bytes, not the pointer: it takes the newest folder that is as its manifest says (`newest_good`).
+A checkpoint is written aside by all processes, hashed, read back and compared, its experts are counted, and only then
+it is moved into place; only after that does the pointer move and older ones go. A kill or a full disk at any moment
+leaves the previous checkpoint untouched. Resuming trusts bytes, not the pointer: it takes the newest folder that is as
+its manifest says (`newest_good`).
 """
 
-import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -17,39 +20,123 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from trinity.base.durable import folder_aside, recover, unsealed_differences, write_durably, write_json
+from trinity.base.durable import (
+    Sealed,
+    begin_aside,
+    finish_aside,
+    recover,
+    refusing_disk,
+    sealed,
+    sync_file,
+    unsealed_differences,
+    write_durably,
+    write_json,
+)
 from trinity.base.errors import CheckpointError
+from trinity.ckpt.peers import ALONE, Peers
+from trinity.ckpt.shards import Piece, compare, local_part, missing, piece_of, read_tensors, write_part
+from trinity.config.load import from_dict
+from trinity.config.model import ModelConfig
+from trinity.model.init import build_on_meta
 
-MODEL, OPTIMIZER, STATE, LATEST = "model.safetensors", "optimizer.safetensors", "state.json", "latest"
+MODEL, OPTIMIZER, STATE, LATEST = "model", "optimizer", "state.json", "latest"
 PRE_ANNEAL = "pre-anneal"
 
 
 class Checkpoint(NamedTuple):
+    """A whole checkpoint in the memory of one process."""
+
     folder: Path
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
 
 
-def save_checkpoint(
-    run: Path, name: str, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
-) -> Path:
-    """Write one checkpoint durably and return its folder. The pointer does not move; see `point_to`."""
+class Staged(NamedTuple):
+    """One process's share of a checkpoint, copied to the memory of the CPU: the run may go on while it is written."""
+
+    model: dict[str, Piece]
+    optimizer: dict[str, Piece]
+    state: dict[str, Any]  # with "model_config"; equal on all processes
+
+    @property
+    def bytes(self) -> int:
+        return sum(piece.values.nbytes for piece in (*self.model.values(), *self.optimizer.values()))
+
+
+def stage(model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> Staged:
+    """Copy this process's parts of all tensors to the CPU. GPU tensors go through pinned memory, all at once."""
+    pieces = [
+        {name: piece_of(tensor, _copy(local_part(tensor))) for name, tensor in tensors.items()}
+        for tensors in (model, optimizer)
+    ]
+    if any(tensor.is_cuda for tensor in model.values()):
+        torch.cuda.synchronize()
+    return Staged(pieces[0], pieces[1], json.loads(json.dumps(state)))  # a copy: the run's own lists go on changing
+
+
+def _copy(part: Tensor) -> Tensor:
+    if not part.is_cuda:
+        return part.clone(memory_format=torch.contiguous_format)
+    copied = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+    return copied.copy_(part, non_blocking=True)
+
+
+def save_checkpoint(run: Path, name: str, staged: Staged, peers: Peers = ALONE) -> Path:
+    """Write one checkpoint durably, all processes together, and return its folder. The pointer does not move."""
     final = run / "checkpoints" / name
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with folder_aside(final) as aside:
-        for file, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
-            try:
-                save_file({key: value.contiguous() for key, value in tensors.items()}, aside / file)
-            except SafetensorError as error:
-                raise storage_error(error, aside / file) from error
-            _compare(aside / file, tensors)
-        write_json(aside / STATE, state)
+    with refusing_disk(final):
+        aside = peers.share(peers.first(lambda: begin_aside(final)))
+        assert aside is not None
+        try:
+            known = _write(aside, final, staged, peers)
+            peers.first(lambda: _close(aside, final, staged, known))
+        except BaseException:
+            if peers.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
     return final
+
+
+def _write(aside: Path, final: Path, staged: Staged, peers: Peers) -> dict[str, Sealed]:
+    """Write this process's files, read them back and hash them; on the first process, the hashes of all files."""
+    parts = {MODEL: staged.model, OPTIMIZER: staged.optimizer}
+    with refusing_disk(final):
+        written = {part: write_part(aside / part, pieces, peers) for part, pieces in parts.items()}
+
+    def prove() -> dict[str, Sealed]:
+        for part, files in written.items():
+            for path in files:
+                sync_file(path)  # torch's writer calls fsync before it flushes its own buffer
+                compare(path, parts[part])
+        return {path.relative_to(aside).as_posix(): sealed(path) for files in written.values() for path in files}
+
+    gathered = peers.gather(peers.together(prove))
+    return {name: entry for entries in gathered for name, entry in entries.items()}
+
+
+def _close(aside: Path, final: Path, staged: Staged, known: dict[str, Sealed]) -> None:
+    """Count what all processes wrote together, and let it take its name."""
+    for part, shapes in (
+        (MODEL, shapes_of(staged.state["model_config"])),
+        (OPTIMIZER, {name: piece.shape for name, piece in staged.optimizer.items()}),
+    ):
+        wrong = missing(aside / part, shapes)
+        if wrong:
+            raise CheckpointError(
+                f"The {part} of {final} was written incompletely: {'; '.join(wrong[:3])}.",
+                "This is a defect of trinity; the checkpoint before it is whole.",
+            )
+    write_json(aside / STATE, staged.state)
+    finish_aside(aside, final, known)
+
+
+def shapes_of(model_config: dict[str, Any]) -> dict[str, torch.Size]:
+    """Name and whole shape of every tensor of a model, as its configuration alone says."""
+    model = build_on_meta(from_dict(ModelConfig, model_config))
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def point_to(run: Path, checkpoint: Path) -> None:
@@ -57,12 +144,34 @@ def point_to(run: Path, checkpoint: Path) -> None:
     write_durably(run / "checkpoints" / LATEST, checkpoint.name + "\n")
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` step checkpoints, and what a kill left half written. The run must be ours."""
+def prune(run: Path, keep: int, keep_every_tokens: int = 0) -> None:
+    """Remove old step checkpoints, and what a kill left half written. The run must be ours.
+
+    What stays: the newest `keep`, and of the others the first one in every `keep_every_tokens` tokens (0: none).
+    """
     recover(run / "checkpoints", alone=True)
     folders = step_folders(run)
+    for_good = set(_milestones(folders, keep_every_tokens)) if keep_every_tokens else set()
     for folder in folders[:-keep]:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder not in for_good:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _milestones(folders: list[Path], every: int) -> list[Path]:
+    """Of checkpoints in the order of their steps, those that are the first at or past a multiple of `every` tokens.
+
+    Judged by the one before that is still there: what was kept once stays kept when others between have gone.
+    """
+    chosen, reached = [], 0
+    for folder in folders:
+        try:
+            tokens = int(json.loads((folder / STATE).read_bytes())["tokens"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged one is no milestone; the next stands in for it
+        if tokens // every > reached:
+            chosen.append(folder)
+            reached = tokens // every
+    return chosen
 
 
 def step_folders(run: Path) -> list[Path]:
@@ -70,14 +179,15 @@ def step_folders(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
-def newest_good(run: Path, warn: Callable[[str], None]) -> Path | None:
+def newest_good(run: Path, warn: Callable[[str], None], peers: Peers = ALONE) -> Path | None:
     """The newest checkpoint whose bytes are as they were sealed, or None; bad ones are named through `warn`.
 
-    Raises CheckpointError when there are checkpoints and every one of them is bad.
+    Several processes hash a share of the files each and find the same one. Raises CheckpointError when there are
+    checkpoints and every one of them is bad.
     """
-    folders = step_folders(run)
+    folders = peers.share(step_folders(run))
     for folder in reversed(folders):
-        differences = unsealed_differences(folder)
+        differences = differences_of(folder, peers)
         if not differences:
             return folder
         warn(f"Checkpoint {folder} is damaged ({'; '.join(differences)}) and is not used.")
@@ -88,38 +198,25 @@ def newest_good(run: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
+def differences_of(folder: Path, peers: Peers = ALONE) -> list[str]:
+    """What of a checkpoint is not as it was sealed; the same list on all processes."""
+    own = peers.together(lambda: unsealed_differences(folder, share=(peers.rank, peers.size)))
+    return list(dict.fromkeys(sentence for found in peers.gather_everywhere(own) for sentence in found))
+
+
 def check_checkpoint(folder: Path) -> None:
     """Check every byte of a checkpoint against its manifest; a CheckpointError names what differs."""
-    differences = unsealed_differences(folder)
+    differences = differences_of(folder)
     if differences:
         raise CheckpointError(f"Checkpoint {folder} is damaged: {'; '.join(differences)}.", "Use the one before it.")
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint that has been checked."""
+    return json.loads((folder / STATE).read_bytes())
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint after checking it."""
+    """Read a checkpoint after checking it, whatever number of processes wrote it."""
     check_checkpoint(folder)
-    return Checkpoint(
-        folder, read_tensors(folder / MODEL), read_tensors(folder / OPTIMIZER), json.loads((folder / STATE).read_text())
-    )
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-def _compare(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Read a file back and demand the values that are in memory."""
-    with safe_open(path, framework="pt") as file:
-        for name, tensor in tensors.items():
-            if not torch.equal(file.get_tensor(name).view(torch.uint8), tensor.contiguous().view(torch.uint8)):
-                raise CheckpointError(
-                    f"{path}: {name} read back differently from what was written.", "The disk or memory is failing."
-                )
-
-
-def storage_error(error: SafetensorError, path: Path) -> OSError | CheckpointError:
-    """safetensors hides the errno in its text; a full disk must be recognised as one."""
-    if "os error 28" in str(error) or "No space left" in str(error):
-        return OSError(errno.ENOSPC, "No space left on device", str(path))
-    return CheckpointError(f"{path} could not be written: {error}.", "See the message of the file system.")
+    return Checkpoint(folder, read_tensors(folder / MODEL), read_tensors(folder / OPTIMIZER), read_state(folder))

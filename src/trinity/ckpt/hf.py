@@ -4,6 +4,7 @@ Loading changes no value. Saving writes the published names, every router key, b
 in float32: engines that miss one of these fall back to other arithmetic without a word.
 """
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from trinity.base.durable import write_json
 from trinity.base.errors import CheckpointError, ConfigError
-from trinity.ckpt.folder import storage_error
 from trinity.ckpt.names import published_tensors, slot_of
 from trinity.config.load import from_dict
 from trinity.config.model import ModelConfig
@@ -198,7 +198,14 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise storage_error(error, path) from error
+        raise _storage_error(error, path) from error
+
+
+def _storage_error(error: SafetensorError, path: Path) -> OSError | CheckpointError:
+    """safetensors hides the errno in its text; a full disk must be recognised as one."""
+    if "os error 28" in str(error) or "No space left" in str(error):
+        return OSError(errno.ENOSPC, "No space left on device", str(path))
+    return CheckpointError(f"{path} could not be written: {error}.", "See the message of the file system.")
 
 
 def shard_files(folder: Path) -> list[Path]:

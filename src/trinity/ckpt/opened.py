@@ -10,9 +10,10 @@ import torch
 
 from trinity.base.errors import CheckpointError, UsageError
 from trinity.base.run import CONFIG
-from trinity.ckpt.folder import MODEL, STATE, check_checkpoint, newest_good, read_tensors
+from trinity.ckpt.folder import MODEL, STATE, check_checkpoint, newest_good
 from trinity.ckpt.hf import DEFAULT_BALANCE_COEFF, keep_precision, read_hf, read_json_object
 from trinity.ckpt.model_folder import matching_tokenizer
+from trinity.ckpt.shards import StoredPart
 from trinity.config.load import from_dict
 from trinity.config.model import ModelConfig
 from trinity.model.init import build_on_meta
@@ -83,7 +84,11 @@ def open_model(path: Path | str, dtype: str = "float32", warn: Callable[[str], N
 def _open_checkpoint(folder: Path, run: Path, name: str, dtype: str) -> OpenedModel:
     config = from_dict(ModelConfig, read_json_object(folder / STATE)["model_config"])
     model = build_on_meta(config)
-    state = {key: keep_precision(key, tensor, _DTYPES[dtype]) for key, tensor in read_tensors(folder / MODEL).items()}
+    state = {
+        key: keep_precision(key, torch.empty(meta.shape, dtype=_DTYPES[dtype]), _DTYPES[dtype])
+        for key, meta in model.state_dict().items()
+    }
+    StoredPart(folder / MODEL).read_into(state)  # converts on the way: one copy of the weights in memory
     model.load_state_dict(state, assign=True)
     return OpenedModel(
         model=model.eval().requires_grad_(False),

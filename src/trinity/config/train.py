@@ -20,7 +20,10 @@ class TrainConfig(Settings):
     evaluate_bytes: int = knob("held-out bytes read in each evaluation; 0 reads none", 65536, low=0)
     sample_tokens: int = knob("tokens of the sample shown at each evaluation; 0 shows none", 64, low=0)
     save_every_tokens: int = knob("tokens between checkpoints; 0 saves at the end only", 0, low=0)
-    keep_checkpoints: int = knob("newest checkpoints kept; the pre-anneal one is always kept", 2, low=1)
+    keep_checkpoints: int = knob("newest checkpoints kept; those with a name are always kept", 2, low=1)
+    keep_every_tokens: int = knob(
+        "tokens between step checkpoints that are kept for good; 0 keeps none but the newest", 0, low=0
+    )
     spike_sigmas: float = knob(
         "a loss this many standard deviations above its recent mean is a spike; 0 ignores spikes", 6.0, low=0
     )

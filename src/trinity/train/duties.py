@@ -13,7 +13,7 @@ from trinity.balance.health import Health, measure
 from trinity.base.durable import write_durably
 from trinity.base.lineage import code_version
 from trinity.base.run import MetricsLog, Unwritten, read_lines
-from trinity.ckpt.folder import PRE_ANNEAL, point_to, prune
+from trinity.ckpt.folder import PRE_ANNEAL
 from trinity.config.run import RunConfig
 from trinity.data.heldout import heldout_documents
 from trinity.data.mix import HeldoutDocument
@@ -23,6 +23,7 @@ from trinity.parallel.mesh import World
 from trinity.text.tokenizer import Tokenizer
 from trinity.train.board import Board
 from trinity.train.evaluate import score_documents, total
+from trinity.train.saver import Saved, Saver
 from trinity.train.settings import begun, machine
 from trinity.train.state import TrainState
 from trinity.train.step import Measured
@@ -54,8 +55,9 @@ class Duties:
         resume_step: int,
         say: Callable[[str], None],
         world: World,
+        saver: Saver,
     ) -> None:
-        self.run, self.config, self.say, self.world = run, config, say, world
+        self.run, self.config, self.say, self.world, self.saver = run, config, say, world, saver
         self.metrics = MetricsLog(run, resume_step) if world.is_first else Unwritten()
         self.board = Board(run / "tensorboard" if world.is_first else None, resume_step, say)
         self.heldout = within(heldout_documents(data), config.train.evaluate_bytes, tokenizer)
@@ -168,22 +170,44 @@ class Duties:
         self.board.text("sample", f"{prompt}|{text}", state.step)
 
     def save(self, state: TrainState) -> None:
-        """A checkpoint, then the pointer, then the old ones go."""
+        """A checkpoint in the background; then the pointer moves, and the old ones go."""
         state.guard.saved()
-        point_to(self.run, state.save(self.run, f"step-{state.step:08d}", self.config))
-        prune(self.run, self.config.train.keep_checkpoints)
+        self._start_save(state, f"step-{state.step:08d}", newest=True)
 
     def save_pre_anneal(self, state: TrainState) -> None:
         """The checkpoint before the learning rate falls: kept for good, what a TrueBase is cut from.
 
         Written whenever that point is passed: after a roll-back it must be of the branch that the run ends in.
         """
-        state.save(self.run, PRE_ANNEAL, self.config)
-        self.say(f"step {state.step}: pre-anneal checkpoint kept at {state.tokens:,} tokens")
+        self.save_named(state, PRE_ANNEAL)
+
+    def save_named(self, state: TrainState, name: str) -> None:
+        """A checkpoint under a name of its own, kept for good beside those of the steps."""
+        self._start_save(state, name, newest=False)
+        self.say(f"step {state.step}: {name} checkpoint kept at {state.tokens:,} tokens")
+
+    def _start_save(self, state: TrainState, name: str, newest: bool) -> None:
+        self.wait_for_save()
+        self.saver.start(state, name, newest)
+
+    def look_after_save(self) -> None:
+        """Once a step: a save that ended is logged, and one that failed ends the run, on all processes alike."""
+        self._log_save(self.saver.poll())
+
+    def wait_for_save(self) -> None:
+        """Let the save that is going on end."""
+        self._log_save(self.saver.wait())
+
+    def _log_save(self, saved: Saved | None) -> None:
+        if saved:
+            self.metrics.write("save", **saved._asdict())
 
     def close(self) -> None:
-        self.metrics.close()
-        self.board.close()
+        try:
+            self.wait_for_save()
+        finally:
+            self.metrics.close()
+            self.board.close()
 
 
 def due(every: int, before: int, after: int) -> bool:

@@ -8,18 +8,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TextIO
 
-from trinity.base.durable import refusing_disk
+from trinity.base.durable import recover, refusing_disk
 from trinity.base.errors import ConfigError, TrainingHalted, UsageError
 from trinity.base.run import CONFIG
-from trinity.ckpt.folder import newest_good, read_checkpoint
+from trinity.ckpt.folder import newest_good
+from trinity.ckpt.peers import Peers
 from trinity.config.run import RunConfig
 from trinity.data.loader import Batch, Loader
+from trinity.parallel.agree import agree
 from trinity.parallel.mesh import World, device_of
 from trinity.train import settings
 from trinity.train.duties import Duties, Progress, due
+from trinity.train.saver import Saver
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update, drop_update, learning_rates
+
+_DYING_SECONDS = 5.0  # a killed process may take that long to let go of the run
 
 
 def train(
@@ -37,8 +43,9 @@ def train(
     """
     world = world or World.alone(device_of(config.parallel))
     with only_user_of(run) if world.is_first else nullcontext():
-        state, changed = prepare(config, data, run, say, world)
-        duties = Duties(run, data, state.loader.tokenizer, config, state.step, say, world)
+        saver = Saver(run, config, world)
+        state, changed = prepare(config, data, run, say, world, saver.peers)
+        duties = Duties(run, data, state.loader.tokenizer, config, state.step, say, world, saver)
         try:
             if changed:
                 duties.changed(state.step, changed)
@@ -95,6 +102,7 @@ def next_microbatches(loader: Loader, config: RunConfig, world: World) -> list[B
 
 
 def _do_duties(state: TrainState, config: RunConfig, duties: Duties, before: int, anneal_start: int) -> None:
+    duties.look_after_save()
     done = state.tokens >= config.horizon
     if done or due(config.train.evaluate_every_tokens, before, state.tokens):
         duties.evaluate(state)
@@ -106,19 +114,20 @@ def _do_duties(state: TrainState, config: RunConfig, duties: Duties, before: int
 
 def _roll_back(state: TrainState, config: RunConfig, run: Path, duties: Duties) -> None:
     """Weights, optimiser and counters of the newest good checkpoint; the data stream stays where it is."""
-    checkpoint = newest_good(run, duties.say)
+    duties.wait_for_save()
+    checkpoint = newest_good(run, duties.say, duties.saver.peers)
     if checkpoint is None:
         raise TrainingHalted(
             "There is no checkpoint to roll back to yet.",
             "Lower the learning rates, or set train.save_every_tokens lower.",
         )
-    state.restore(read_checkpoint(checkpoint), config, keep_loader=True)
+    state.restore(checkpoint, config, duties.saver.peers, keep_loader=True)
     duties.rolled_back(state.step)
     duties.say(f"rolled back to step {state.step}; the data read since is not read again")
 
 
 def prepare(
-    config: RunConfig, data: Path, run: Path, say: Callable[[str], None], world: World
+    config: RunConfig, data: Path, run: Path, say: Callable[[str], None], world: World, peers: Peers
 ) -> tuple[TrainState, list[str]]:
     """A fresh state, or that of the newest good checkpoint of the same run; and the settings that a resume changed."""
     loader = Loader(data, config.data, config.train.seed)
@@ -128,28 +137,44 @@ def prepare(
             f"{config.model.vocab_size}.",
             "Set model.vocab_size to at least the former.",
         )
-    if world.is_first and not (run / CONFIG).exists():
-        settings.begin(run, config, loader, data, world)
-    world.barrier()
+    agree(world, settings.facts(config, loader))
+    peers.first(lambda: _make_ready(run, config, loader, data, world))
     changed = settings.changes(run, config, loader)
     state = TrainState.fresh(config, loader, world)
-    newest = newest_good(run, say)
+    newest = newest_good(run, say, peers)
     if newest is not None:
-        state.restore(read_checkpoint(newest), config)
+        state.restore(newest, config, peers)
         say(f"resuming {run} at step {state.step}, {state.tokens:,} tokens")
     return state, changed
 
 
+def _make_ready(run: Path, config: RunConfig, loader: Loader, data: Path, world: World) -> None:
+    """What the first process does before the others look: a new run's records, and away with what a kill left."""
+    if not (run / CONFIG).exists():
+        settings.begin(run, config, loader, data, world)
+    recover(run / "checkpoints", alone=True)
+
+
 @contextmanager
 def only_user_of(run: Path) -> Iterator[None]:
-    """Refuse a second process on the same run folder; the lock goes with the process, however it ends."""
+    """Refuse a second process on the same run folder; the lock goes with the process, however it ends.
+
+    One that was killed a moment ago may not be quite gone: that is worth a short wait.
+    """
     with refusing_disk(run):
         run.mkdir(parents=True, exist_ok=True)
     with (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(
-                f"{run} is being trained by another process.", "Wait for it, or use another --out."
-            ) from error
+        patience = time.monotonic() + _DYING_SECONDS
+        while not _locked(lock):
+            if time.monotonic() > patience:
+                raise UsageError(f"{run} is being trained by another process.", "Wait for it, or use another --out.")
+            time.sleep(0.1)
         yield
+
+
+def _locked(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

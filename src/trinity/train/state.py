@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trinity.base.errors import CheckpointError, DataError
 from trinity.base.seeds import named_seed
-from trinity.ckpt.folder import Checkpoint, save_checkpoint
-from trinity.config.load import to_dict
+from trinity.ckpt.folder import MODEL, OPTIMIZER, Staged, read_state, stage
+from trinity.ckpt.peers import ALONE, Peers
+from trinity.ckpt.shards import StoredPart
+from trinity.config.load import differences, to_dict
 from trinity.config.run import RunConfig
 from trinity.data.loader import Loader
 from trinity.model.transformer import Transformer
@@ -20,6 +23,8 @@ from trinity.parallel.mesh import World, device_of
 from trinity.parallel.muon import Owners
 from trinity.train.guard import Guard
 from trinity.train.settings import locked_fingerprint
+
+_BIAS_MOMENTUM = "bias_momentum"
 
 
 @dataclass
@@ -48,13 +53,8 @@ class TrainState:
             world=world,
         )
 
-    def save(self, run: Path, name: str, config: RunConfig) -> Path:
-        """Write a durable checkpoint; the pointer is the caller's to move."""
-        optimizer = {"bias_momentum": self.bias_momentum}
-        for parameter_name, parameter in self.model.named_parameters():
-            for kind, optimiser in (("muon", self.optimisers.muon), ("adamw", self.optimisers.adamw)):
-                for key, value in optimiser.state.get(parameter, {}).items():
-                    optimizer[f"{kind}/{parameter_name}/{key}"] = value.reshape(-1) if value.dim() == 0 else value
+    def staged(self, config: RunConfig) -> Staged:
+        """This process's share of everything, copied to the memory of the CPU; the run may go on at once."""
         counters = {
             "step": self.step,
             "tokens": self.tokens,
@@ -64,21 +64,31 @@ class TrainState:
             "config_fingerprint": locked_fingerprint(config),
             "model_config": to_dict(config.model),
         }
-        return save_checkpoint(run, name, self.model.state_dict(), optimizer, counters)
+        return stage(self.model.state_dict(), self._optimizer_tensors(), counters)
 
-    def restore(self, checkpoint: Checkpoint, config: RunConfig, keep_loader: bool = False) -> None:
-        """Become the state that `checkpoint` holds. With keep_loader (roll-back) data and counts of incidents go on."""
-        counters: dict[str, Any] = checkpoint.state
-        if counters["config_fingerprint"] != locked_fingerprint(config):
-            raise CheckpointError(f"{checkpoint.folder} belongs to another configuration.", "Train into another --out.")
-        if counters["data_fingerprint"] != self.loader.data_fingerprint:
-            raise DataError(
-                f"The data changed since {checkpoint.folder} was written.",
-                "Give the data folder the run began with, or start again with another --out.",
-            )
-        self.model.load_state_dict(checkpoint.model)
-        self._restore_optimisers(checkpoint)
-        self.bias_momentum = checkpoint.optimizer["bias_momentum"].clone()
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        """Names and tensors of the optimisers' state; changing a tensor changes the state."""
+        tensors = {_BIAS_MOMENTUM: self.bias_momentum}
+        for parameter_name, parameter in self.model.named_parameters():
+            for kind, optimiser in self._optimisers_by_name().items():
+                for slot, value in optimiser.state.get(parameter, {}).items():
+                    tensors[f"{kind}/{parameter_name}/{slot}"] = value.view(1) if value.dim() == 0 else value
+        return tensors
+
+    def _optimisers_by_name(self) -> dict[str, torch.optim.Optimizer]:
+        return {"muon": self.optimisers.muon, "adamw": self.optimisers.adamw}
+
+    def restore(self, folder: Path, config: RunConfig, peers: Peers = ALONE, keep_loader: bool = False) -> None:
+        """Become the state that a checked checkpoint holds, whatever number of processes wrote it in what layout.
+
+        With keep_loader (roll-back) data and counts of incidents go on. Nothing changes when it is refused.
+        """
+        counters = read_state(folder)
+        self._refuse_another(counters, folder, config)
+        StoredPart(folder / MODEL, peers).read_into(self.model.state_dict())
+        stored = StoredPart(folder / OPTIMIZER, peers)
+        self._make_slots(stored.tensors)
+        stored.read_into(self._optimizer_tensors())
         self.step, self.tokens = counters["step"], counters["tokens"]
         if keep_loader:
             self.guard.rolled_back(counters["guard"])
@@ -86,15 +96,35 @@ class TrainState:
             self.loader.load_state(counters["loader"])
             self.guard.load_state(counters["guard"])
 
-    def _restore_optimisers(self, checkpoint: Checkpoint) -> None:
-        names = dict(self.model.named_parameters())
-        for optimiser in (self.optimisers.muon, self.optimisers.adamw):
+    def _refuse_another(self, counters: dict[str, Any], folder: Path, config: RunConfig) -> None:
+        other = differences(counters["model_config"], to_dict(config.model))
+        if other:
+            more = f"; and {len(other) - 3} more" if len(other) > 3 else ""
+            raise CheckpointError(
+                f"{folder} holds a model of another architecture: {'; '.join(other[:3])}{more}.",
+                "Give the same model settings to resume, or another --out.",
+            )
+        if counters["config_fingerprint"] != locked_fingerprint(config):
+            raise CheckpointError(f"{folder} belongs to another configuration.", "Train into another --out.")
+        if counters["data_fingerprint"] != self.loader.data_fingerprint:
+            raise DataError(
+                f"The data changed since {folder} was written.",
+                "Give the data folder the run began with, or start again with another --out.",
+            )
+
+    def _make_slots(self, stored: dict[str, TensorStorageMetadata]) -> None:
+        """Give the optimisers exactly the slots that a checkpoint has values for: fresh optimisers have none yet."""
+        parameters = dict(self.model.named_parameters())
+        optimisers = self._optimisers_by_name()
+        for optimiser in optimisers.values():
             optimiser.state.clear()
-        for key, value in checkpoint.optimizer.items():
-            if key == "bias_momentum":
+        for key, found in stored.items():
+            if key == _BIAS_MOMENTUM:
                 continue
             kind, name, slot = key.split("/")
-            optimiser = self.optimisers.muon if kind == "muon" else self.optimisers.adamw
-            parameter = names[name]
-            shaped = value.reshape(()) if slot == "step" else value
-            optimiser.state[parameter][slot] = shaped.clone()
+            parameter, dtype = parameters[name], found.properties.dtype
+            optimisers[kind].state[parameter][slot] = (
+                torch.zeros((), dtype=dtype, device=parameter.device)
+                if slot == "step"
+                else torch.zeros_like(parameter.detach(), dtype=dtype, memory_format=torch.contiguous_format)
+            )
