@@ -29,7 +29,8 @@ FLIPS: dict[str, str] = {
     "balance.rule": "sign", "balance.smebu_beta": "0.9",
     "data.buffer_documents": "3", "data.sequence_length": "64",
     "train.seed": "1", "train.batch_tokens": "2048", "train.microbatch_rows": "8", "train.tokens": "8K",
-    "train.keep_every_tokens": "2K", "train.sample_tokens": "0", "train.save_every_tokens": "0", "train.evaluate_bytes": "9000",
+    "train.keep_every_tokens": "2K",
+    "train.sample_tokens": "0", "train.save_every_tokens": "0", "train.evaluate_bytes": "9000",
 }  # fmt: skip
 
 # Knobs that a healthy run of six steps cannot show, and where they are shown instead.

@@ -144,7 +144,8 @@ def lose_a_file(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "named"),
-    [(truncate, "model-00001-of-00001.safetensors has 1000 bytes"), (flip_a_byte, "model-00001-of-00001.safetensors was altered"),
+    [(truncate, "model/shard-00001-model-00001-of-00001.safetensors has 1000 bytes"),
+     (flip_a_byte, "optimizer/shard-00001-model-00001-of-00001.safetensors was altered"),
      (lose_a_file, "state.json is missing")],
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(debug_data, unbroken, tmp_path, damage, named):
