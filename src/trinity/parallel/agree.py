@@ -9,20 +9,19 @@ from typing import Any
 import torch.distributed as dist
 
 from trinity.base.errors import ConfigError
-from trinity.parallel.mesh import World
 
 _SHOWN = 8  # ranks named in the message
 
 
-def agree(world: World, facts: dict[str, Any]) -> None:
+def agree(facts: dict[str, Any]) -> None:
     """Compare what each process knows of itself; a ConfigError on every process names the odd ranks and what differs.
 
     facts: name of a fact -> a value that is equal on all processes, such as a version or a fingerprint. The value that
     most processes have counts as right; of equally many, that of the lowest rank.
     """
-    if world.size == 1:
+    if not dist.is_initialized():
         return
-    found: list[Any] = [None] * world.size
+    found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, {name: str(value) for name, value in facts.items()})
     odd: dict[int, list[str]] = {}
     for name in {name: None for theirs in found for name in theirs}:

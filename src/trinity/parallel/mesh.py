@@ -23,8 +23,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trinity.base.errors import ConfigError
+from trinity.base.lineage import code_version
+from trinity.config.load import config_fingerprint
 from trinity.config.parallel import ParallelConfig
 from trinity.config.run import RunConfig
+from trinity.parallel.agree import agree
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a save or an evaluation may keep others waiting; hangs alarm earlier
 
@@ -165,9 +168,19 @@ def joined_world(config: RunConfig) -> Iterator[World]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
+        agree(started_with(config))  # before the meshes: they already take the same layout for granted
         yield world_of(found, dist.get_rank(), device)
     finally:
         dist.destroy_process_group()
+
+
+def started_with(config: RunConfig) -> dict[str, str]:
+    """What every process of a run must have alike."""
+    return {
+        "code": " ".join(code_version().values()),
+        "torch": str(torch.__version__),
+        "config": config_fingerprint(config),
+    }
 
 
 def world_of(found: Layout, rank: int, device: torch.device) -> World:

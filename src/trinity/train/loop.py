@@ -137,7 +137,7 @@ def prepare(
             f"{config.model.vocab_size}.",
             "Set model.vocab_size to at least the former.",
         )
-    agree(world, settings.facts(config, loader))
+    agree({"data": loader.data_fingerprint, "tokenizer": loader.tokenizer.fingerprint})
     peers.first(lambda: _make_ready(run, config, loader, data, world))
     changed = settings.changes(run, config, loader)
     state = TrainState.fresh(config, loader, world)

@@ -8,7 +8,7 @@ import torch
 
 from trinity.base.durable import write_json
 from trinity.base.errors import ConfigError, DataError
-from trinity.base.lineage import code_version, fingerprint, write_lineage
+from trinity.base.lineage import fingerprint, write_lineage
 from trinity.base.run import CONFIG
 from trinity.config.load import config_fingerprint, differences, to_dict
 from trinity.config.run import RunConfig
@@ -97,17 +97,6 @@ def locked_fingerprint(config: RunConfig) -> str:
 def machine(world: World) -> dict[str, Any]:
     """What else the bits of a step depend on."""
     return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "processes": world.size}
-
-
-def facts(config: RunConfig, loader: Loader) -> dict[str, str]:
-    """What every process of a run must find alike before the first step (parallel/agree.py)."""
-    return {
-        "code": " ".join(code_version().values()),
-        "torch": str(torch.__version__),
-        "config": config_fingerprint(config),
-        "data": loader.data_fingerprint,
-        "tokenizer": loader.tokenizer.fingerprint,
-    }
 
 
 def _locked(config: dict[str, Any]) -> dict[str, Any]:
