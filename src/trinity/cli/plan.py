@@ -1,19 +1,31 @@
-"""`trinity plan`: parameters, training state and KV cache of a recipe, from its configuration alone.
+"""`trinity plan`: what it would cost to train a recipe: time, money, layout, memory, bytes sent; no torch, no GPU.
+
+Without --cluster it takes one CPU machine if that needs a day at most, and else the smallest power of two of B300 GPUs
+that ends within 45 days.
 
 Example:
-  trinity plan large
-  trinity plan nano --set model.num_experts_per_tok=4 --json
+  trinity plan large --cluster 2048xB300 --tokens 17T
+  trinity plan demo --cluster 1xCPU
+  trinity plan nano --cluster 512xH200 --price 2.5 --efficiency 0.2 --assume power_usage=1.1
+  trinity plan mini --set model.num_experts_per_tok=4 --json
 """
 
 import argparse
 from typing import Any
 
-LENGTHS = (1024, 8192, 32768, 131072, 524288)
+FIXED = ("replicate", "shard", "context", "expert", "remat", "precision")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="debug, demo, lab256, nano, mini or large")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change a setting of the recipe")
+    parser.add_argument("--cluster", metavar="NxKIND", help="such as 2048xB300, 8xH100, 1xCPU")
+    parser.add_argument("--tokens", metavar="N", help="tokens to train on, such as 17T (default: the recipe's)")
+    parser.add_argument("--price", metavar="DOLLARS", help="dollars for a device and hour")
+    parser.add_argument("--efficiency", metavar="SHARE", help="model FLOP/s of a step over the dense peak, such as 0.3")
+    parser.add_argument("--assume", action="append", default=[], metavar="A=B", help="change a figure of the device or "
+                        "an assumption, such as memory=192e9 or power_usage=1.1")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change a setting of the recipe; "
+                        "parallel.* and train.microbatch_rows are searched unless set here")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.set_defaults(action=plan)
 
@@ -21,69 +33,70 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def plan(options: argparse.Namespace) -> None:
     import json
 
-    from trinity.config.load import override
-    from trinity.recipes.table import recipe
+    from trinity.cli.plan_text import as_text
 
-    found = figures(override(recipe(options.recipe), options.set))
+    found = planned(options)
     print(json.dumps(found, indent=2) if options.json else as_text(found))
 
 
-def figures(run: Any) -> dict[str, Any]:
-    """Every figure of the plan of a RunConfig, in parameters, tokens and bytes."""
-    from dataclasses import asdict
+def planned(options: argparse.Namespace) -> dict[str, Any]:
+    """The whole plan that a command line asks for."""
+    from trinity.cli.plan_figures import figures
+    from trinity.config.load import override
+    from trinity.plan.hardware import DEVICES, parse_cluster
+    from trinity.recipes.table import recipe
 
-    from trinity.plan.memory import kv_bytes, training_state_bytes
-    from trinity.plan.params import count_parameters
-
-    count, cache, window = count_parameters(run.model), kv_bytes(run.model), run.model.sliding_window
-    parts = asdict(count)
-    del parts["active_experts"]  # part of the routed experts, not beside them
-    context = run.model.max_position_embeddings
-    lengths = sorted({length for length in LENGTHS if length < context} | {context})
-    return {
-        "recipe": run.name,
-        "parameters": {"total": count.total, "active": count.active,
-                       "active_without_embedding_and_head": count.active_without_embedding, "parts": parts},
-        "training": {"tokens": run.train.tokens, "batch_tokens": run.train.batch_tokens,
-                     "steps": run.steps,
-                     "state_bytes_float32": training_state_bytes(run.model)},
-        "weights_bytes": {"float32": 4 * count.total, "bfloat16": 2 * count.total},
-        "kv_bytes_bfloat16": {str(length): cache.at(length, window) for length in lengths},
-    }  # fmt: skip
+    run = recipe(options.recipe)
+    run = override(run, [*(for_tokens(run, options.tokens) if options.tokens else []), *options.set])
+    changes = list(options.assume)
+    changes += [f"{name}={given}" for name in ("price", "efficiency") if (given := getattr(options, name)) is not None]
+    devices, assumptions = assumed(list(DEVICES.values()), changes)
+    cluster = parse_cluster(options.cluster) if options.cluster else None
+    return figures(
+        run, cluster and (cluster.device.name, cluster.size), devices, assumptions, fixed_by(options.set, run)
+    )
 
 
-def as_text(found: dict[str, Any]) -> str:
-    from trinity.base.units import show_bytes, show_count
+def for_tokens(run: Any, text: str) -> list[str]:
+    """Settings that make a run that long; warm-up and decay keep their shares of it."""
+    from trinity.base.units import parse_count
 
-    parameters, training = found["parameters"], found["training"]
-    total = parameters["total"]
-
-    def row(name: str, value: str, note: str = "") -> str:
-        return f"  {name:<24}{value:>20}  {note}".rstrip()
-
-    lines = [f"{found['recipe']}", "", "parameters"]
-    lines += [
-        row(name.replace("_", " "), f"{value:,}", f"{100 * value / total:.2f} %")
-        for name, value in parameters["parts"].items()
+    tokens, optim = parse_count(text), run.optim
+    share = tokens / run.train.tokens
+    return [
+        f"train.tokens={tokens}",
+        f"optim.warmup_tokens={int(share * optim.warmup_tokens)}",
+        f"optim.decay_tokens={int(share * optim.decay_tokens)}",
     ]
-    lines += [
-        row("in all", f"{total:,}"),
-        row("active for each token", f"{parameters['active']:,}", f"{100 * parameters['active'] / total:.2f} %"),
-        "",
-        "training",
-        row("tokens", show_count(training["tokens"])),
-        row("tokens in a step", show_count(training["batch_tokens"])),
-        row("steps", f"{training['steps']:,}"),
-        row(
-            "state, float32",
-            show_bytes(training["state_bytes_float32"]),
-            "weights, gradients, optimiser; no activations",
-        ),
-        "",
-        "weights",
-        *[row(dtype, show_bytes(value)) for dtype, value in found["weights_bytes"].items()],
-        "",
-        "KV cache of one sequence, bfloat16",
-        *[row(f"{int(length):,} tokens", show_bytes(value)) for length, value in found["kv_bytes_bfloat16"].items()],
-    ]
-    return "\n".join(lines)
+
+
+def assumed(devices: list[Any], changes: list[str]) -> tuple[dict[str, Any], Any]:
+    """Devices and assumptions with `name=value` applied to whichever has that name. An unknown name is a UsageError."""
+    from dataclasses import fields
+
+    from trinity.base.errors import UsageError, nearest
+    from trinity.config.load import override
+    from trinity.plan.assumptions import Assumptions
+    from trinity.plan.hardware import Device
+
+    names = {field.name for field in fields(Device)} - {"name"}
+    own = {field.name for field in fields(Assumptions)}
+    for change in changes:
+        name = change.partition("=")[0].strip()
+        if name not in names | own:
+            raise UsageError(f"'{name}' is no assumption of a plan.", nearest(name, sorted(names | own)))
+    of_device = [change for change in changes if change.partition("=")[0].strip() in names]
+    told = [f"{c.partition('=')[0]}_source=given" for c in of_device if c.partition("=")[0] in ("price", "efficiency")]
+    return (
+        {device.name: override(device, of_device + told) if of_device else device for device in devices},
+        override(Assumptions(), [change for change in changes if change not in of_device]),
+    )
+
+
+def fixed_by(assignments: list[str], run: Any) -> dict[str, object]:
+    """What --set takes out of the search for a layout."""
+    named = {assignment.partition("=")[0].strip() for assignment in assignments}
+    fixed = {name: getattr(run.parallel, name) for name in FIXED if f"parallel.{name}" in named}
+    if "train.microbatch_rows" in named:
+        fixed["microbatch_rows"] = run.train.microbatch_rows
+    return {name: value for name, value in fixed.items() if (name, value) != ("shard", 0)}

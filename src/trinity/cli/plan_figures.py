@@ -1,0 +1,169 @@
+"""Every figure of a plan as one table of names and numbers: what `trinity plan --json` prints and the text shows.
+
+Units are in the names or are tokens, parameters, bytes, seconds and dollars.
+"""
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from trinity.base.errors import UsageError
+from trinity.config.run import RunConfig
+from trinity.plan.assumptions import REASONS, Assumptions
+from trinity.plan.cost import DAY, Cost, members_in_server, run_cost, transfer_seconds
+from trinity.plan.experts import expert_load
+from trinity.plan.fit import Fit, best_fit, smallest_cluster
+from trinity.plan.flops import attention_flops, forward_flops, model_flops, newton_schulz_flops
+from trinity.plan.hardware import Cluster, Device
+from trinity.plan.memory import kv_bytes, training_state_bytes
+from trinity.plan.params import count_parameters
+from trinity.plan.wire import transfers
+
+LENGTHS = (1024, 8192, 32768, 131072, 524288)
+_LONGEST_DAYS, _SHORT_DAYS = 45, 1
+
+
+def figures(
+    run: RunConfig,
+    asked: tuple[str, int] | None,
+    devices: dict[str, Device],
+    assumptions: Assumptions,
+    fixed: dict[str, object],
+) -> dict[str, Any]:
+    """The plan of a run on the cluster asked for (kind, size), or on one chosen by the time it would take."""
+    cluster = Cluster(device=devices[asked[0]], size=asked[1]) if asked else chosen_cluster(run, devices, assumptions)
+    fit = best_fit(run, cluster, assumptions, fixed)
+    cost = run_cost(run, fit.layout, cluster, fit.memory, assumptions)
+    load = expert_load(run, fit.layout, cluster.device)
+    return {
+        "recipe": run.name,
+        "cluster": {"name": str(cluster), "devices": cluster.size, "kind": cluster.device.name, "asked": bool(asked)},
+        "answer": _answer(run, cluster, fit, cost),
+        "layout": fit.layout._asdict() | {"microbatches": fit.layout.microbatches(run), "tried": fit.tried},
+        "memory": _memory(fit, cluster, assumptions),
+        "wire": _wire(run, fit, cluster),
+        "roofline": cost.roofline._asdict() | {"seconds": cost.roofline.seconds},
+        "stops": {"save_seconds": cost.save_seconds, "save_share": cost.save_share, "failures": cost.failures,
+                  "failure_share": cost.failure_share, "training_share": cost.training_share},
+        "experts": load._asdict(),
+        "other_devices": _others(run, cluster, devices, assumptions, fixed),
+        **_sizes(run),
+        "assumptions": _assumptions(cluster.device, assumptions),
+    }  # fmt: skip
+
+
+def chosen_cluster(run: RunConfig, devices: dict[str, Device], assumptions: Assumptions) -> Cluster:
+    """One CPU machine for a run of a day, else the smallest power of two of B300 that holds the run and is quick."""
+    flops = run.horizon * model_flops(run.model, run.data.sequence_length)
+    cpu, gpu = devices["CPU"], devices["B300"]
+    alone = Cluster(device=cpu, size=1)
+    if flops / (cpu.float32 * cpu.efficiency) <= _SHORT_DAYS * DAY and smallest_cluster(run, cpu, assumptions, {}) == 1:
+        return alone
+    size = smallest_cluster(run, gpu, assumptions, {})
+    if size is None:
+        raise UsageError(f"{run.name} fits no number of B300.", "Use fewer layers or experts, or shorter rows.")
+    while flops / (size * gpu.bfloat16 * gpu.efficiency) > _LONGEST_DAYS * DAY and size < run.train.batch_tokens:
+        size *= 2
+    return Cluster(device=gpu, size=size)
+
+
+def _answer(run: RunConfig, cluster: Cluster, fit: Fit, cost: Cost) -> dict[str, Any]:
+    flops = model_flops(run.model, run.data.sequence_length)
+    busy = cluster.size * cluster.device.peak(fit.layout.precision) * cost.step_seconds
+    return {
+        "days": cost.days,
+        "dollars": cost.dollars,
+        "megawatt_hours": cost.megawatt_hours,
+        "device_hours": cost.device_hours,
+        "steps": cost.steps,
+        "step_seconds": cost.step_seconds,
+        "tokens_per_second": run.train.batch_tokens / cost.step_seconds,
+        "efficiency": run.train.batch_tokens * flops / busy,
+        "bound_by_roofline": cost.roofline.seconds >= cost.step_seconds,
+        "model_flops": run.horizon * flops,
+    }
+
+
+def _memory(fit: Fit, cluster: Cluster, assumptions: Assumptions) -> dict[str, Any]:
+    parts = {field.name: getattr(fit.memory, field.name) for field in fields(fit.memory)}
+    del parts["kept_gradients"]
+    return {
+        "parts": parts,
+        "moments_of_a_step": fit.memory.moments_of_a_step,
+        "peak": fit.memory.peak,
+        "with_checkpoint_copy": fit.bytes_on(cluster.device),
+        "usable": cluster.device.memory * assumptions.usable_memory,
+    }
+
+
+def _wire(run: RunConfig, fit: Fit, cluster: Cluster) -> list[dict[str, Any]]:
+    """Bytes of one process in one step, transfer by transfer."""
+    return [
+        {
+            **transfer._asdict(),
+            "sent": transfer.sent,
+            "in_one_server": transfer.processes
+            <= members_in_server(transfer.group, fit.layout, cluster.device.per_server),
+            "seconds": transfer_seconds(transfer, fit.layout, cluster),
+        }
+        for transfer in transfers(run, fit.layout)
+    ]
+
+
+def _others(
+    run: RunConfig, cluster: Cluster, devices: dict[str, Device], assumptions: Assumptions, fixed: dict[str, object]
+) -> list[dict[str, Any]]:
+    """The same run on as many devices of each kind, and the smallest cluster of the kind that holds it."""
+    rows = []
+    for device in devices.values():
+        if device.is_cpu != cluster.device.is_cpu and cluster.size > 1:
+            continue
+        row: dict[str, Any] = {"kind": device.name, "smallest": smallest_cluster(run, device, assumptions, fixed)}
+        if row["smallest"] and row["smallest"] <= cluster.size:
+            other = Cluster(device=device, size=cluster.size)
+            try:
+                fit = best_fit(run, other, assumptions, fixed)
+            except UsageError:  # it fits fewer devices than it divides
+                rows.append(row)
+                continue
+            cost = run_cost(run, fit.layout, other, fit.memory, assumptions)
+            row |= {"days": cost.days, "dollars": cost.dollars, "megawatt_hours": cost.megawatt_hours}
+            row |= {"roofline_days": cost.steps * cost.roofline.seconds / DAY}
+        rows.append(row)
+    return rows
+
+
+def _sizes(run: RunConfig) -> dict[str, Any]:
+    """What depends on the model alone."""
+    model, count, cache = run.model, count_parameters(run.model), kv_bytes(run.model)
+    parts = asdict(count)
+    del parts["active_experts"]  # part of the routed experts, not beside them
+    context = model.max_position_embeddings
+    lengths = sorted({length for length in LENGTHS if length < context} | {context})
+    return {
+        "parameters": {"total": count.total, "active": count.active,
+                       "active_without_embedding_and_head": count.active_without_embedding, "parts": parts},
+        "training": {"tokens": run.train.tokens, "batch_tokens": run.train.batch_tokens, "steps": run.steps,
+                     "sequence_length": run.data.sequence_length,
+                     "state_bytes_float32": training_state_bytes(model)},
+        "flops_per_token": {
+            str(length): {"forward": forward_flops(model, length), "attention": attention_flops(model, length),
+                          "training": model_flops(model, length)}
+            for length in sorted({*lengths, run.data.sequence_length})
+        },
+        "newton_schulz_flops_per_step": sum(newton_schulz_flops(model, run.optim)),
+        "weights_bytes": {"float32": 4 * count.total, "bfloat16": 2 * count.total},
+        "kv_bytes_bfloat16": {str(length): cache.at(length, model.sliding_window) for length in lengths},
+    }  # fmt: skip
+
+
+def _assumptions(device: Device, assumptions: Assumptions) -> list[dict[str, Any]]:
+    """Inputs with their values, meanings and sources."""
+    special = {"price": device.price_source, "efficiency": device.efficiency_source}
+    rows = []
+    for settings, reasons in ((device, special), (assumptions, REASONS)):
+        for field in fields(settings):
+            value = getattr(settings, field.name)
+            if not isinstance(value, str):
+                why = reasons.get(field.name, device.source)
+                rows.append({"name": field.name, "value": value, "meaning": field.metadata["meaning"], "source": why})
+    return rows
