@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trinity.balance.health import CollapseAlarm, measure
+from trinity.balance.health import measure
 from trinity.balance.update import move_biases, sign, smebu, violation
 from trinity.config.optim import BalanceConfig
 
@@ -87,12 +87,3 @@ def test_health_of_known_loads():
     assert health.load_entropy == pytest.approx(0.5)
     assert health.dead_experts == 3
     assert health.bias_norm == pytest.approx(5.0)
-
-
-def test_the_collapse_alarm_hears_a_climb_and_ignores_a_plateau():
-    alarm = CollapseAlarm(recent=5, before=10, factor=2.0, floor=1.0)
-    assert all(alarm.observe(1.2) is None for _ in range(50))
-    spoken = [alarm.observe(1.2 + 0.8 * step) for step in range(10)]
-    assert any(spoken) and "collapsing" in next(s for s in spoken if s)
-    quiet = CollapseAlarm(recent=5, before=10)
-    assert all(quiet.observe(0.1 * (1.05**step)) is None for step in range(30)), "below the floor nothing is alarming"

@@ -1,6 +1,8 @@
-"""Health of the routing, from the integer counts of a step. Shapes: counts [L, E], L sparse layers, E experts."""
+"""Health of the routing, from the integer counts of a step. Shapes: counts [L, E], L sparse layers, E experts.
 
-from collections import deque
+Where it is heading is told by balance/trend.py.
+"""
+
 from typing import NamedTuple
 
 import torch
@@ -29,26 +31,3 @@ def measure(counts: Tensor, biases: Tensor) -> Health:
         dead_experts=int((counts < DEAD_SHARE * mean).sum()),
         bias_norm=float(biases.norm(dim=-1).max()),
     )
-
-
-class CollapseAlarm:
-    """Speaks up when MaxVio climbs: the recent mean over `factor` times the mean before it, and above `floor`.
-
-    The Large report tells of a long flat MaxVio, then a sudden climb before experts collapsed, unseen in the loss.
-    """
-
-    def __init__(self, recent: int = 20, before: int = 100, factor: float = 2.0, floor: float = 1.0) -> None:
-        self.recent, self.before, self.factor, self.floor = recent, before, factor, floor
-        self.history: deque[float] = deque(maxlen=recent + before)
-
-    def observe(self, max_violation: float) -> str | None:
-        """Take one step's largest MaxVio; a sentence when it looks like the start of a collapse, else None."""
-        self.history.append(max_violation)
-        if len(self.history) < self.recent + self.before:
-            return None
-        values = list(self.history)
-        earlier, now = sum(values[: self.before]) / self.before, sum(values[self.before :]) / self.recent
-        if now > self.floor and now > self.factor * earlier:
-            self.history.clear()
-            return f"MaxVio rose from {earlier:.2f} to {now:.2f} in {self.recent} steps: experts may be collapsing"
-        return None

@@ -3,6 +3,7 @@
 Example:
   trinity train debug --out runs/debug
   trinity train demo --data tokens/ --out runs/demo --set train.tokens=2M --set optim.muon_lr=0.01
+  trinity train demo --out runs/demo --set train.alarm_command='mail -s alarm me@example.org' --test-alarm
   torchrun --nproc-per-node 8 -m trinity.cli.main train nano --data mix/ --out runs/nano --set parallel.expert=8
 
 Recipe debug without --data reads a small corpus made from this Python's standard library. The same command again
@@ -28,6 +29,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         dest="settings",
         help="override one setting of the recipe",
     )
+    parser.add_argument(
+        "--test-alarm", action="store_true", help="send a test alarm as the run would, and end: 0 delivered, 1 not"
+    )
     parser.add_argument("--json", action="store_true", help="print the final figures as JSON")
     parser.set_defaults(action=train_recipe)
 
@@ -40,6 +44,9 @@ def train_recipe(options: argparse.Namespace) -> None:
     config = override(recipe(options.recipe), options.settings)
     if options.out.is_file():
         raise UsageError(f"{options.out} is a file.", "Name a folder with --out.")
+    if options.test_alarm:
+        _ring(options.out, config, options.json)
+        return
     from trinity.parallel.mesh import joined_world
     from trinity.train.display import TrainingDisplay
     from trinity.train.loop import train
@@ -75,6 +82,22 @@ def _given_or_embedded(options: argparse.Namespace, config: Any, world: Any) -> 
         embedded_corpus(options.out / "data", config.model.vocab_size)
     world.barrier()
     return options.out / "data"
+
+
+def _ring(run: Path, config: Any, as_json: bool) -> None:
+    """Send a test alarm by every configured way and say which of them delivered it."""
+    from trinity.base.errors import TrinityError
+    from trinity.train.watch import ring_for_test
+
+    problems = ring_for_test(run, config.train)
+    if as_json:
+        print(json.dumps({way: problem or "delivered" for way, problem in problems.items()}))
+    else:
+        for way, problem in problems.items():
+            print(f"{way}: {problem or 'delivered'}")
+    failed = [way for way, problem in problems.items() if problem]
+    if failed:
+        raise TrinityError(f"The test alarm was not delivered by {' and '.join(failed)}.", "Mend it and test again.")
 
 
 def data_of(run: Path) -> Path | None:

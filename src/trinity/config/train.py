@@ -27,6 +27,28 @@ class TrainConfig(Settings):
     spike_sigmas: float = knob(
         "a loss this many standard deviations above its recent mean is a spike; 0 ignores spikes", 6.0, low=0
     )
+    norm_spike_sigmas: float = knob(
+        "a gradient norm whose logarithm lies this many standard deviations above its recent mean is a spike; 0 "
+        "ignores them",
+        8.0,
+        low=0,
+    )
     spike_action: Literal["skip", "rollback", "stop"] = knob("what a spike leads to", "skip")
     nonfinite_action: Literal["skip", "rollback", "stop"] = knob("what a non-finite loss or gradient leads to", "skip")
     max_incidents: int = knob("incidents in a row after which the run stops in any case", 5, low=1)
+    router_factor: float = knob(
+        "imbalance or drift of a layer's load this many times the lowest seen is a collapse; 0 looks away",
+        3.0,
+        low=0,
+    )
+    router_action: Literal["alarm", "rollback", "stop"] = knob(
+        "what a routing that drifts or collapses leads to", "alarm"
+    )
+    probe_every: int = knob("steps between probes that compare the speed of processes; 0 probes never", 50, low=0)
+    straggler_factor: float = knob("a process this many times slower than the median is a straggler", 1.5, above=1)
+    hang_minutes: float = knob("minutes without a finished step after which a hang is alarmed; 0 never", 10.0, low=0)
+    hang_action: Literal["alarm", "exit"] = knob(
+        "what a hang leads to beside its alarm; exit ends the process, so that its launcher starts it again", "alarm"
+    )
+    alarm_command: str = knob("program with arguments that is given each alarm as JSON on its input; no shell", "")
+    alarm_quiet_minutes: float = knob("minutes in which alarms of one kind are told once", 15.0, low=0)

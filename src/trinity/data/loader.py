@@ -17,6 +17,7 @@ from trinity.base.errors import DataError
 from trinity.config.data import DataConfig
 from trinity.data.corpora import Corpora
 from trinity.data.rsdb import DocumentBuffer, Segment
+from trinity.data.trace import Place, Stretch, Trace
 from trinity.model.loss import IGNORED
 
 
@@ -41,6 +42,7 @@ class Loader:
         self.tokenizer = self.corpus.tokenizer
         self.data_fingerprint = self.corpora.fingerprint
         self._config = config
+        self.trace = Trace()
         self._number, self._row = 0, config.sequence_length
         self._buffer = DocumentBuffer(self.corpus.order(seed), self._capacity(), seed)
 
@@ -67,11 +69,16 @@ class Loader:
         microbatches (BatchHet) do not depend on the number of processes.
         """
         for _ in range(rows * place):
-            self._buffer.fill(self._row)
-        batch = self._copied([self._buffer.fill(self._row) for _ in range(rows)])
+            self._next_row()
+        batch = self._copied([self._next_row() for _ in range(rows)])
         for _ in range(rows * (places - place - 1)):
-            self._buffer.fill(self._row)
+            self._next_row()
         return batch
+
+    def _next_row(self) -> list[Segment]:
+        segments = self._buffer.fill(self._row)
+        self.trace.note(segments)
+        return segments
 
     def _copied(self, rows: list[list[Segment]]) -> Batch:
         shape = (len(rows), self._row)
@@ -101,6 +108,7 @@ class Loader:
             "corpus": self._number,
             "row": self._row,
             "buffer": self._buffer.state(),
+            "read": list(self.trace.place),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -113,3 +121,8 @@ class Loader:
             )
         self.turn_to(state["corpus"], state["row"])
         self._buffer.load_state(state["buffer"])
+        self.trace.move_to(Place(*state["read"]))
+
+    def lose(self, state: dict[str, Any]) -> Stretch:
+        """The stretch read since `state` was taken, which a roll-back to it leaves behind."""
+        return self.trace.lose(Place(*state["read"]))

@@ -158,10 +158,24 @@ def _samples(run: RunRecord) -> Section:
 
 
 def _incidents(run: RunRecord) -> Section:
-    rows = [[f"{row['step']:,}", row.get("what", ""), row.get("action", "")] for row in run.guards]
-    rows += [[f"{row['step']:,}", "run resumed from a checkpoint", "resume"] for row in run.resumes]
-    table = Table(header=["step", "what", "action"], rows=sorted(rows, key=lambda row: int(row[0].replace(",", ""))))
+    rows = [[f"{row['step']:,}", row.get("what", ""), row.get("action", ""), _lost(row)] for row in run.guards]
+    rows += [[f"{row['step']:,}", "run resumed from a checkpoint", "resume", ""] for row in run.resumes]
+    table = Table(
+        header=["step", "what", "action", "data not read again"],
+        rows=sorted(rows, key=lambda row: int(row[0].replace(",", ""))),
+    )
     return Section(heading="Incidents", tables=[table] if rows else [])
+
+
+def _lost(incident: Row) -> str:
+    """The stretch of the stream that a roll-back left behind, with the first of its newest documents."""
+    window = incident.get("not_read_again")
+    if not window:
+        return ""
+    (row, end_row), (token, end_token) = window["rows"], window["tokens"]
+    count = f"{'' if window['all_documents'] else 'at least '}{window['num_documents']:,} documents"
+    named = ", ".join(name[:12] for name in window["documents"][:5])
+    return f"rows {row:,}-{end_row - 1:,}, tokens {token:,}-{end_token - 1:,}: {count}, the newest {named}"
 
 
 def _settings(run: RunRecord) -> Section:

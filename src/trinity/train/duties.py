@@ -23,10 +23,12 @@ from trinity.parallel.mesh import World
 from trinity.text.tokenizer import Tokenizer
 from trinity.train.board import Board
 from trinity.train.evaluate import score_documents, total
+from trinity.train.evidence import Incident
 from trinity.train.saver import Saved, Saver
 from trinity.train.settings import begun, machine
 from trinity.train.state import TrainState
 from trinity.train.step import Measured
+from trinity.train.watch import Watch
 
 LOAD_EVERY = 10  # steps between expert loads in the log: [L, E] shares would fill it otherwise
 
@@ -56,8 +58,10 @@ class Duties:
         say: Callable[[str], None],
         world: World,
         saver: Saver,
+        watch: Watch,
     ) -> None:
-        self.run, self.config, self.say, self.world, self.saver = run, config, say, world, saver
+        self.run, self.config, self.say = run, config, say
+        self.world, self.saver, self.watch = world, saver, watch
         self.metrics = MetricsLog(run, resume_step) if world.is_first else Unwritten()
         self.board = Board(run / "tensorboard" if world.is_first else None, resume_step, say)
         self.heldout = within(heldout_documents(data), config.train.evaluate_bytes, tokenizer)
@@ -84,6 +88,7 @@ class Duties:
             "load_entropy": health.load_entropy,
             "bias_norm": health.bias_norm,
             "seconds": round(seconds, 4),
+            **state.guard.trend.figures(),
         }
         for name in ("loss", "grad_norm", "batch_het", "max_violation", "dead_experts", "load_entropy", "lr_muon"):
             self.board.scalar(f"train/{name}", values[name], state.step)
@@ -94,9 +99,6 @@ class Duties:
             for layer, load in enumerate(share):
                 self.board.histogram(f"expert_load/layer_{layer}", load, state.step)
         self.metrics.write("step", state.step, **values)
-        alarm = state.guard.alarm.observe(values["max_violation"])
-        if alarm:
-            self.incident(state.step, alarm, "alarm")
         return Progress(
             state.step,
             state.tokens,
@@ -107,9 +109,13 @@ class Duties:
             speed,
         )
 
-    def incident(self, step: int, what: str, action: str) -> None:
-        self.metrics.write("guard", step, what=what, action=action)
+    def incident(self, step: int, incident: Incident) -> None:
+        """Log, say and tell what the guard or the watch found, and what is done about it."""
+        kind, what, action, evidence = incident
+        self.metrics.write("guard", step, trouble=kind, what=what, action=action, **evidence)
         self.say(f"step {step}: {what} -> {action}")
+        if kind != "hang" and action != "stop":  # a hang was told while it lasted, a stop is told as the run's end
+            self.watch.alarm(kind, what, action)
 
     def rolled_back(self, step: int) -> None:
         """Drop what was logged of the steps after `step`, which are run again; the guard's lines stay."""

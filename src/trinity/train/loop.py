@@ -13,7 +13,7 @@ from typing import TextIO
 from trinity.base.durable import recover, refusing_disk
 from trinity.base.errors import ConfigError, TrainingHalted, UsageError
 from trinity.base.run import CONFIG
-from trinity.ckpt.folder import newest_good
+from trinity.ckpt.folder import newest_good, read_state
 from trinity.ckpt.peers import Peers
 from trinity.config.run import RunConfig
 from trinity.data.loader import Batch, Loader
@@ -21,9 +21,11 @@ from trinity.parallel.agree import agree
 from trinity.parallel.mesh import World, device_of
 from trinity.train import settings
 from trinity.train.duties import Duties, Progress, due
+from trinity.train.evidence import Incident
 from trinity.train.saver import Saver
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update, drop_update, learning_rates
+from trinity.train.watch import Watch
 
 _DYING_SECONDS = 5.0  # a killed process may take that long to let go of the run
 
@@ -42,10 +44,11 @@ def train(
     which all call this with the same arguments; the first one writes.
     """
     world = world or World.alone(device_of(config.parallel))
-    with only_user_of(run) if world.is_first else nullcontext():
+    with only_user_of(run) if world.is_first else nullcontext(), Watch(run, config.train, world, say) as watch:
         saver = Saver(run, config, world)
         state, changed = prepare(config, data, run, say, world, saver.peers)
-        duties = Duties(run, data, state.loader.tokenizer, config, state.step, say, world, saver)
+        watch.opened(state.step, state.tokens)
+        duties = Duties(run, data, state.loader.tokenizer, config, state.step, say, world, saver, watch)
         try:
             if changed:
                 duties.changed(state.step, changed)
@@ -54,32 +57,39 @@ def train(
             if state.tokens >= config.horizon:
                 say(f"{run} is complete at {state.tokens:,} tokens; nothing to do.")
             elif state.step == 0:
-                duties.evaluate(state)
+                with watch.doing("evaluating"):
+                    duties.evaluate(state)
             else:
                 duties.resumed(state)
             _advance(state, config, run, duties, show)
         finally:
-            duties.close()
+            with watch.doing("closing"):  # waits for the save that is under way
+                duties.close()
     return state
 
 
 def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, show: Callable[[Progress], None]) -> None:
     anneal_start = config.horizon - config.optim.decay_tokens
     while state.tokens < config.horizon:
-        started = time.perf_counter()
+        started, place = time.perf_counter(), state.loader.trace.place
         batches = next_microbatches(state.loader, config, state.world)
+        loaded = time.perf_counter() - started
         measured = accumulate(state, batches, config)
         verdict = state.guard.judge(measured.loss, measured.grad_norm)
+        if verdict.action == "update":
+            verdict = state.guard.judge_routing(measured.counts, state.model.expert_biases())
+        incident = Incident.of(verdict, state, measured, place, config.train.microbatch_rows)
         if verdict.action in ("rollback", "stop"):
             drop_update(state)
-            duties.incident(state.step + 1, verdict.reason, verdict.action)
             if verdict.action == "stop":
+                duties.incident(state.step + 1, incident)
                 raise TrainingHalted(
-                    f"Training stopped at step {state.step + 1}: {verdict.reason}.",
+                    f"Training stopped at step {state.step + 1}: {incident.what}.",
                     "The last checkpoint is whole. Look at the data; a resume may set train.spike_sigmas and the "
                     "guard's actions anew, and lower learning rates need a new run.",
                 )
-            _roll_back(state, config, run, duties)
+            with duties.watch.doing("rolling back"):
+                _roll_back(state, config, run, duties, incident)
             continue
         before = state.tokens
         state.step += 1
@@ -87,10 +97,14 @@ def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, sh
         rates = learning_rates(state.tokens, config)
         if verdict.action == "skip":
             drop_update(state)
-            duties.incident(state.step, verdict.reason, "skip")
         else:
             apply_update(state, measured, config, rates)
             show(duties.log_step(state, measured, rates, time.perf_counter() - started))
+        if verdict.action != "update":
+            duties.incident(state.step, incident)
+        seconds = time.perf_counter() - started
+        for other in duties.watch.stepped(state.step, state.tokens, measured.loss, loaded, seconds):
+            duties.incident(state.step, other)
         _do_duties(state, config, duties, before, anneal_start)
 
 
@@ -105,25 +119,30 @@ def _do_duties(state: TrainState, config: RunConfig, duties: Duties, before: int
     duties.look_after_save()
     done = state.tokens >= config.horizon
     if done or due(config.train.evaluate_every_tokens, before, state.tokens):
-        duties.evaluate(state)
+        with duties.watch.doing("evaluating"):
+            duties.evaluate(state)
     if config.optim.decay_tokens and before < anneal_start <= state.tokens:
-        duties.save_pre_anneal(state)
+        with duties.watch.doing("saving"):
+            duties.save_pre_anneal(state)
     if done or due(config.train.save_every_tokens, before, state.tokens):
-        duties.save(state)
+        with duties.watch.doing("saving"):
+            duties.save(state)
 
 
-def _roll_back(state: TrainState, config: RunConfig, run: Path, duties: Duties) -> None:
+def _roll_back(state: TrainState, config: RunConfig, run: Path, duties: Duties, incident: Incident) -> None:
     """Weights, optimiser and counters of the newest good checkpoint; the data stream stays where it is."""
     duties.wait_for_save()
     checkpoint = newest_good(run, duties.say, duties.saver.peers)
     if checkpoint is None:
+        duties.incident(state.step + 1, incident)
         raise TrainingHalted(
             "There is no checkpoint to roll back to yet.",
             "Lower the learning rates, or set train.save_every_tokens lower.",
         )
+    duties.incident(state.step + 1, incident.leaving(state.loader, read_state(checkpoint)["loader"]))
     state.restore(checkpoint, config, duties.saver.peers, keep_loader=True)
     duties.rolled_back(state.step)
-    duties.say(f"rolled back to step {state.step}; the data read since is not read again")
+    duties.say(f"rolled back to step {state.step}")
 
 
 def prepare(

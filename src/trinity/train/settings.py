@@ -17,9 +17,18 @@ from trinity.parallel.mesh import World
 
 FREE = (
     "spike_sigmas",
+    "norm_spike_sigmas",
     "spike_action",
     "nonfinite_action",
     "max_incidents",
+    "router_factor",
+    "router_action",
+    "probe_every",
+    "straggler_factor",
+    "hang_minutes",
+    "hang_action",
+    "alarm_command",
+    "alarm_quiet_minutes",
     "save_every_tokens",
     "evaluate_every_tokens",
     "evaluate_bytes",

@@ -33,6 +33,7 @@ class Measured(NamedTuple):
     batch_het: float  # max - mean of the microbatch losses (report section 5)
     counts: Tensor  # [L, E] int64, tokens sent to each expert over the whole step
     targets: int
+    losses: tuple[float, ...] = ()  # of the step's microbatches of all processes, in the order of the stream
 
 
 def accumulate(state: TrainState, batches: list[Batch], config: RunConfig) -> Measured:
@@ -102,6 +103,7 @@ def _measured(table: Tensor, added: Tensor, grad_norm: float, counts: Tensor, ta
         batch_het=float(losses.max() - losses.mean()) if len(losses) else 0.0,
         counts=counts.cpu(),
         targets=targets,
+        losses=tuple((table[..., 0] * targets / table[..., 1].clamp(min=1)).T.flatten().tolist()),
     )
 
 

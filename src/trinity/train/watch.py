@@ -1,0 +1,162 @@
+"""All that looks after one process of a run beside its arithmetic: heartbeat, hang alarm, stragglers, and the pager.
+
+    with Watch(run, config.train, world, say) as watch:
+        watch.opened(step, tokens)
+        for incident in watch.stepped(step, tokens, loss, loading, seconds): ...
+        with watch.doing("evaluating"): ...
+
+Leaving the block tells how the run ended. Process 0 speaks for the run; a hang or a crash is told by whoever meets it.
+Until the run is opened nothing is written into its folder: a command that is refused leaves it as it was.
+"""
+
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+from trinity.base.errors import StorageError, TrainingHalted, UsageError
+from trinity.config.train import TrainConfig
+from trinity.parallel.mesh import World
+from trinity.train.alarm import WEBHOOK, Alarm, Pager, channels, ring
+from trinity.train.evidence import Incident
+from trinity.train.hang import HANGS, STEPPING, HangAlarm
+from trinity.train.heartbeat import Heartbeat
+from trinity.train.stragglers import Stragglers
+
+EXIT_OF_A_HANG = 75  # the system's "temporary failure, try again"
+_LAST_WORDS = 20.0  # seconds a process that ends because of a hang waits for its alarm to be sent
+
+
+class Watch:
+    def __init__(
+        self,
+        run: Path,
+        config: TrainConfig,
+        world: World,
+        say: Callable[[str], None],
+        leave: Callable[[int], object] = os._exit,
+    ) -> None:
+        """Raises what `channels` raises, in every process and before any work."""
+        self._run, self._train, self._world, self._say, self._leave = run, config, world, say, leave
+        self._pager = Pager(channels(config.alarm_command), config.alarm_quiet_minutes, say)
+        self._heartbeat = Heartbeat(run, world.size, say) if world.is_first else None
+        self._hang = HangAlarm(run, world.rank, config.hang_minutes, self._hanging)
+        self._stragglers = Stragglers(world, config.probe_every, config.straggler_factor)
+        self._step = self._tokens = 0
+        self._doing, self._opened = "opening", False
+        self._hung: list[str] = []  # told by the thread, logged by the loop when it goes on
+
+    def __enter__(self) -> "Watch":
+        self._hang.start()
+        self._beat()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hang.close()
+        if error is None:
+            self._end("finished", "")
+        elif isinstance(error, KeyboardInterrupt):
+            self._end("interrupted", "a person ended it")
+        else:
+            self._failed(error)
+        self._pager.close()
+
+    def opened(self, step: int, tokens: int) -> None:
+        """The run is this process's to go on with, from here."""
+        self._step, self._tokens, self._doing, self._opened = step, tokens, "starting", True
+        self._beat()
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Work that may take long and is no step."""
+        before, self._doing = self._doing, what
+        self._beat()
+        yield
+        self._doing = before
+        self._beat()
+
+    def stepped(self, step: int, tokens: int, loss: float, loading: float, stepping: float) -> list[Incident]:
+        """A step was finished, which took `stepping` seconds in all and `loading` for its data; what is to be logged of
+        stragglers, and of a hang that is over. Called by every process after every step, also a skipped one."""
+        speed = round((tokens - self._tokens) / stepping, 1)
+        self._step, self._tokens, self._doing = step, tokens, STEPPING
+        self._beat(loss=loss if math.isfinite(loss) else None, tokens_per_second=speed)
+        slow = self._stragglers.observe(loading, stepping)
+        hung, self._hung = self._hung, []
+        return [Incident("hang", what, "over", {}) for what in hung] + [
+            Incident("straggler", what, "alarm", {}) for what in slow
+        ]
+
+    def alarm(self, kind: str, sentence: str, action: str) -> None:
+        if self._world.is_first:
+            self._pager.tell(self._made(kind, sentence, action))
+
+    def _beat(self, **values: object) -> None:
+        self._hang.beat(self._doing)
+        if self._heartbeat and self._opened:
+            self._heartbeat.beat(step=self._step, tokens=self._tokens, doing=self._doing, **values)
+
+    def _end(self, state: str, reason: str) -> None:
+        if self._heartbeat and self._opened:
+            self._heartbeat.beat(step=self._step, tokens=self._tokens, doing="", state=state, reason=reason)
+
+    def _made(self, kind: str, sentence: str, action: str) -> Alarm:
+        return made_alarm(kind, sentence, action, self._run, self._step, self._tokens, self._world.rank)
+
+    def _hanging(self, seconds: float, doing: str, trace: str) -> None:
+        exits = self._train.hang_action == "exit"
+        sentence = (
+            f"no step has been finished for {seconds / 60:.3g} minutes while {doing} after step {self._step} "
+            f"(rank {self._world.rank}); the stacks of all threads are in {trace}"
+        )
+        self._hung.append(sentence)
+        action = "the process ends itself, its launcher may start it again" if exits else "the process goes on waiting"
+        (sys.__stderr__ or sys.stderr).write(f"{sentence} -> {action}\n")
+        if self._first_to_tell("hang"):
+            self._pager.tell(self._made("hang", sentence, action))
+        if exits:
+            self._end("hung", sentence)
+            self._pager.close(_LAST_WORDS)
+            self._leave(EXIT_OF_A_HANG)
+
+    def _failed(self, error: BaseException) -> None:
+        halted = isinstance(error, TrainingHalted)  # on every process alike
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if self._world.is_first if halted or not self._opened else self._first_to_tell("end"):
+            kind = "storage" if isinstance(error, StorageError) else "halt"
+            self._pager.tell(self._made(kind, reason, "the run has ended"))
+        self._end("halted" if halted else "failed", reason)
+
+    def _first_to_tell(self, what: str) -> bool:
+        """What one process meets all will meet: whoever makes the file first tells of it, again after an hour."""
+        try:
+            (self._run / HANGS).mkdir(exist_ok=True)
+            (self._run / HANGS / f".{what}-{self._step:08d}-{int(time.time()) // 3600}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:
+            return True  # rather twice than never
+        return True
+
+
+def made_alarm(kind: str, sentence: str, action: str, run: Path, step: int, tokens: int, rank: int) -> Alarm:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Alarm(kind, sentence, action, run.resolve().name, step, tokens, socket.gethostname(), rank, now)
+
+
+def ring_for_test(run: Path, config: TrainConfig) -> dict[str, str]:
+    """Send a test alarm by every way that is configured: {way: problem or ""}. A UsageError when there is none."""
+    ways = channels(config.alarm_command)
+    if not ways:
+        raise UsageError(
+            "No alarm is configured.", f"Set train.alarm_command, the environment variable {WEBHOOK}, or both."
+        )
+    return ring(made_alarm("test", "this is a test of the alarm", "nothing", run, 0, 0, 0), ways)

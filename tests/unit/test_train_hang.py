@@ -1,0 +1,194 @@
+"""The hang alarm and the heartbeat: with a clock in the hand, and on a real process whose step is blocked."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from trinity.base.errors import StorageError, TrainingHalted
+from trinity.base.run import read_lines
+from trinity.config.load import override
+from trinity.parallel.mesh import World
+from trinity.recipes.table import recipe
+from trinity.train import heartbeat, loop
+from trinity.train.hang import PATIENCE, STEPPING, HangAlarm
+from trinity.train.heartbeat import Heartbeat
+from trinity.train.watch import EXIT_OF_A_HANG, Watch
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def alarm(folder: Path, minutes: float, clock: Clock) -> tuple[HangAlarm, list]:
+    told = []
+    return HangAlarm(folder, 3, minutes, lambda *what: told.append(what), clock), told
+
+
+def test_a_hang_is_told_once_with_the_stacks_of_all_threads(tmp_path):
+    clock = Clock()
+    hang, told = alarm(tmp_path, 10, clock)
+    hang.beat(STEPPING)
+    clock.now += 599
+    assert not hang.check()
+    clock.now += 1
+    assert hang.check() and not hang.check()
+    clock.now += 6000
+    assert not hang.check(), "once a hang"
+    ((seconds, doing, trace),) = told
+    assert (seconds, doing) == (600, STEPPING)
+    assert Path(trace).parent == tmp_path / "hangs" and Path(trace).name.startswith("rank-3-")
+    assert "test_a_hang_is_told_once" in Path(trace).read_text()
+    hang.beat(STEPPING)
+    clock.now += 600
+    assert hang.check(), "a second hang is told again"
+
+
+def test_work_that_takes_long_has_longer_and_zero_never_alarms(tmp_path):
+    clock = Clock()
+    hang, told = alarm(tmp_path, 10, clock)
+    hang.beat("evaluating")
+    clock.now += 600 * PATIENCE - 1
+    assert not hang.check()
+    clock.now += 1
+    assert hang.check() and told[0][1] == "evaluating"
+    never, told = alarm(tmp_path, 0, clock)
+    clock.now += 1e9
+    assert not never.check() and not told
+
+
+def test_a_disk_that_refuses_the_stacks_does_not_silence_the_alarm(tmp_path, capfd):
+    clock = Clock()
+    (tmp_path / "hangs").write_text("a file in the way")
+    hang, told = alarm(tmp_path, 10, clock)
+    clock.now += 600 * PATIENCE
+    assert hang.check() and "refused" in told[0][2]
+
+
+BLOCKED = """
+    import sys, time
+    from pathlib import Path
+    from trinity.config.load import override
+    from trinity.recipes.table import recipe
+    from trinity.train import loop
+
+    original, calls = loop.accumulate, []
+
+    def blocked(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            time.sleep(float(sys.argv[3]))
+        return original(*arguments)
+
+    loop.accumulate = blocked
+    settings = ["train.tokens=6K", "train.evaluate_bytes=0", "optim.warmup_tokens=1K", "optim.decay_tokens=1K",
+                "train.hang_minutes=0.02", *sys.argv[4:]]
+    loop.train(override(recipe("debug"), settings), Path(sys.argv[1]), Path(sys.argv[2]), print, lambda _: None)
+"""
+
+
+def blocked_run(debug_data: Path, folder: Path, seconds: float, *settings: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(BLOCKED), str(debug_data), str(folder), str(seconds), *settings],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_a_blocked_step_is_told_and_the_run_goes_on(debug_data, tmp_path):
+    pager, got = tmp_path / "pager.sh", tmp_path / "alarms.jsonl"
+    pager.write_text(f"cat >> {got}")
+    ended = blocked_run(debug_data, tmp_path / "run", 4, f"train.alarm_command=sh {pager}")
+    assert ended.returncode == 0, ended.stderr
+    (line,) = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "guard"]
+    assert (line["step"], line["trouble"], line["action"]) == (3, "hang", "over")
+    (trace,) = (tmp_path / "run" / "hangs").glob("rank-0-*.txt")
+    assert "in blocked" in trace.read_text()
+    (sent,) = [json.loads(text) for text in got.read_text().splitlines()]
+    assert sent["kind"] == "hang" and "after step 2" in sent["sentence"] and sent["step"] == 2
+    beat = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
+    assert beat["state"] == "finished" and beat["step"] == 6
+
+
+def test_a_process_told_to_exit_ends_itself_with_a_sentence(debug_data, tmp_path):
+    ended = blocked_run(debug_data, tmp_path / "run", 100, "train.hang_action=exit")
+    assert ended.returncode == EXIT_OF_A_HANG
+    assert "no step has been finished for" in ended.stderr and "ends itself" in ended.stderr
+    beat = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
+    assert beat["state"] == "hung" and "no step" in beat["reason"]
+
+
+def test_the_heartbeat_is_replaced_at_most_once_a_second_but_tells_a_change_at_once(tmp_path):
+    clock, said = Clock(), []
+    beat = Heartbeat(tmp_path, 8, said.append, clock)
+
+    def read() -> dict:
+        return json.loads((tmp_path / "heartbeat.json").read_text())
+
+    beat.beat(step=1, tokens=10, doing=STEPPING, loss=3.5)
+    clock.now += 0.5
+    beat.beat(step=2, tokens=20, doing=STEPPING, loss=3.4)
+    assert read()["step"] == 1
+    beat.beat(step=2, tokens=20, doing="saving")
+    found = read()
+    assert (found["step"], found["doing"], found["state"], found["world_size"]) == (2, "saving", "running", 8)
+    assert found["seconds"] == 1000.5 and datetime.fromisoformat(found["time"]).timestamp() == 1000
+    assert found["pid"] == os.getpid() and found["host"] and found["loss"] == 3.4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["heartbeat.json"] and not said
+
+
+def test_a_disk_that_refuses_a_heartbeat_is_said_once(tmp_path, monkeypatch):
+    clock, said = Clock(), []
+    beat = Heartbeat(tmp_path, 1, said.append, clock)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(heartbeat.os, "replace", full)
+    for step in range(5):
+        clock.now += 2
+        beat.beat(step=step)
+    assert len(said) == 1 and "No space left" in said[0]
+    assert not list(tmp_path.iterdir())
+
+
+def config(*settings):
+    return override(recipe("debug"), ["train.tokens=6K", "train.evaluate_bytes=0", "optim.warmup_tokens=1K",
+                                      "optim.decay_tokens=1K", *settings])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(TrainingHalted("loss nan."), "halted"), (StorageError("The disk is full."), "failed"),
+     (KeyboardInterrupt(), "interrupted"), (RuntimeError("odd"), "failed"), (None, "finished")],
+)  # fmt: skip
+def test_the_last_heartbeat_says_how_the_run_ended(tmp_path, error, state):
+    try:
+        with Watch(tmp_path, config().train, World.alone(), pytest.fail) as watch:
+            watch.opened(4, 4096)
+            watch.stepped(5, 5120, 3.0, 0.1, 0.5)
+            if error:
+                raise error
+    except BaseException as met:
+        assert met is error
+    beat = json.loads((tmp_path / "heartbeat.json").read_text())
+    assert beat["state"] == state and beat["step"] == 5 and beat["tokens_per_second"] == 2048
+    assert str(error or "") in beat["reason"] or state == "interrupted"
+
+
+def test_a_real_run_leaves_a_finished_heartbeat_and_a_refused_one_none(debug_data, tmp_path):
+    loop.train(config(), debug_data, tmp_path / "run", lambda _: None, lambda _: None)
+    beat = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
+    assert (beat["state"], beat["step"], beat["tokens"], beat["run"]) == ("finished", 6, 6144, "run")
+    with pytest.raises(Exception, match=r"There is no|not"):
+        loop.train(config(), tmp_path / "nothing", tmp_path / "refused", lambda _: None, lambda _: None)
+    assert not (tmp_path / "refused" / "heartbeat.json").exists()
