@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trinity.base.errors import ConfigError
@@ -161,12 +162,16 @@ def joined_world(config: RunConfig) -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     found = layout(config, size)
     device = device_of(config.parallel)
-    if size == 1:
+    if size == 1 and config.parallel.precision == "float32":
         yield World.alone(device)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if size == 1:  # FSDP2 keeps the float32 master weights of a bfloat16 run, also for one process
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     try:
         agree(started_with(config))  # before the meshes: they already take the same layout for granted
         yield world_of(found, dist.get_rank(), device)

@@ -1,0 +1,69 @@
+"""Layouts: which process does what, and the mistakes that are refused before anything runs."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trinity.base.errors import ConfigError
+from trinity.config.load import override
+from trinity.config.parallel import ParallelConfig
+from trinity.parallel.mesh import World, device_of, joined_world, layout
+from trinity.recipes.table import recipe
+
+LARGE = recipe("large")
+
+
+def laid_out(size: int, **parallel):
+    return layout(dataclasses.replace(LARGE, parallel=ParallelConfig(**parallel)), size)
+
+
+@given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 8, 16]), st.sampled_from([1, 2, 4]), st.data())
+def test_every_process_has_one_place(replicate, shard, context, data):
+    fsdp = shard * context
+    expert = data.draw(st.sampled_from([n for n in (1, 2, 4, 8, 16) if fsdp % n == 0]))
+    found = laid_out(replicate * fsdp, replicate=replicate, context=context, expert=expert)
+    assert found.shard == shard, "0 takes the processes that are left"
+    assert found.replicate * found.shard * found.context == found.replicate * found.expert_shard * found.expert
+
+
+def test_the_published_layout_of_large_fits():
+    found = laid_out(2048, replicate=16, shard=128, expert=8)
+    assert found == (16, 128, 1, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("size", "parallel", "told"),
+    [
+        (6, {"replicate": 4}, "6 processes cannot be laid out as 4 replicas"),
+        (8, {"shard": 3}, "8 processes cannot be laid out as 1 replicas x 3 shards"),
+        (6, {"expert": 4}, "Expert parallelism over 4 processes does not divide the 6"),
+        (3, {"expert": 3}, "256 experts cannot be spread evenly over 3"),
+        (5, {"context": 5}, "48 query heads cannot be split over 5 context ranks"),
+        (2**15, {}, "not a whole number of microbatches for each of 32768 processes"),
+    ],
+)
+def test_numbers_that_do_not_divide_are_named(size, parallel, told):
+    with pytest.raises(ConfigError, match=told) as caught:
+        laid_out(size, **parallel)
+    assert caught.value.remedy
+
+
+def test_rows_that_do_not_cut_evenly_are_refused():
+    config = override(recipe("debug"), ["parallel.context=4", "data.sequence_length=126", "train.batch_tokens=1008"])
+    with pytest.raises(ConfigError, match="126 tokens cannot be cut evenly for 4"):
+        layout(config, 4)
+
+
+def test_one_process_needs_no_process_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined_world(recipe("debug")) as world:
+        assert world == World.alone() and world.is_first and world.expert_size == 1
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert device_of(ParallelConfig()).type == "cpu"
+    with pytest.raises(ConfigError, match="no GPU"):
+        device_of(ParallelConfig(device="cuda"))

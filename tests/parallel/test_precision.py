@@ -1,0 +1,52 @@
+"""bfloat16 runs: what is computed in it, and what stays float32 in every mode."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from steps import small, three_steps
+
+from trinity.data.loader import Loader
+from trinity.model.layers import RMSNorm
+from trinity.model.router import Router
+from trinity.parallel.mesh import World, joined_world
+from trinity.train.loop import next_microbatches
+from trinity.train.state import TrainState
+from trinity.train.step import accumulate
+
+BFLOAT16 = small("parallel.precision=bfloat16")
+
+
+def test_router_norms_and_masters_stay_float32(debug_data):
+    with joined_world(BFLOAT16) as world:
+        state = TrainState.fresh(BFLOAT16, Loader(debug_data, BFLOAT16.data, 0), world)
+        assert {parameter.dtype for parameter in state.model.parameters()} == {torch.float32}, "master weights"
+        seen: dict[str, set[torch.dtype]] = {}
+
+        def record(module, *_):
+            weight = module.gate.weight if isinstance(module, Router) else module.weight
+            seen.setdefault(type(module).__name__, set()).add(weight.dtype)
+
+        for module in state.model.modules():
+            if isinstance(module, Router | RMSNorm) or module is state.model.layers[0].self_attn.q_proj:
+                module.register_forward_hook(record)
+        accumulate(state, next_microbatches(state.loader, BFLOAT16, world), BFLOAT16)
+        name = next(name for name in seen if name.endswith("Linear"))
+        assert seen["FSDPRouter"] == seen["FSDPRMSNorm"] == {torch.float32}
+        assert seen[name] == {torch.bfloat16}
+        assert {p.grad.dtype for p in state.model.parameters() if p.grad is not None} == {torch.float32}
+        assert {bias.dtype for bias in state.model.expert_biases()} == {torch.float32}
+
+
+def test_it_learns_what_float32_learns_to_rounding(debug_data):
+    exact = three_steps(small(), debug_data, World.alone())
+    with joined_world(BFLOAT16) as world:
+        rounded = three_steps(BFLOAT16, debug_data, world)
+    for ours, theirs in zip(rounded["measured"], exact["measured"], strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=0.01)
+        assert ours[0] != theirs[0], "and it is not float32"
+    assert int(rounded["counts"][0].sum()) == int(exact["counts"][0].sum())

@@ -1,0 +1,51 @@
+"""Runs a function in several real processes over gloo, one process group for all of them, bounded in time."""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+SECONDS = 240
+
+
+def in_processes(size: int, function: Callable[..., None], *arguments: Any, seconds: float = SECONDS) -> None:
+    """Call function(*arguments) in `size` processes that look as torchrun would have started them.
+
+    An exception in one of them is raised here. The function must be importable: a module's, not a test's inner one.
+    """
+    context = multiprocessing.spawn(_enter, (size, free_port(), function, arguments), nprocs=size, join=False)
+    assert context is not None
+    end = time.monotonic() + seconds
+    try:
+        while not context.join(timeout=1):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{size} processes of {function.__name__} did not end within {seconds} s")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def _enter(rank: int, size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    function(*arguments)
