@@ -16,7 +16,7 @@ CEILINGS = {
     "base": 550,
     "ckpt": 1100,
     "cli": 2300,
-    "config": 700,
+    "config": 900,
     "data": 3200,
     "engine": 850,
     "model": 800,

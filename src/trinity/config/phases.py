@@ -15,6 +15,7 @@ from trinity.config.knob import Settings, knob
 from trinity.config.train import TrainConfig
 
 FIRST, EXTENSION = "pretraining", "extension"
+PRE_ANNEAL, BASE, CONTEXT_EXTENDED = "pre-anneal", "base", "context-extended"  # checkpoints kept for good
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,17 @@ from trinity.config.knob import Settings, knob
 from trinity.config.model import ModelConfig
 from trinity.config.optim import BalanceConfig, OptimConfig
 from trinity.config.parallel import ParallelConfig
-from trinity.config.phases import EXTENSION, FIRST, ExtensionConfig, Phase, PhaseConfig, lay_out
+from trinity.config.phases import (
+    BASE,
+    CONTEXT_EXTENDED,
+    EXTENSION,
+    FIRST,
+    PRE_ANNEAL,
+    ExtensionConfig,
+    Phase,
+    PhaseConfig,
+    lay_out,
+)
 from trinity.config.train import TrainConfig
 
 
@@ -68,6 +78,19 @@ class RunConfig(Settings):
     def anneal_start(self) -> int:
         """Tokens at which the learning rate begins to fall; `base_end` where it does not."""
         return self.base_end - self.optim.decay_tokens
+
+    @property
+    def named_checkpoints(self) -> dict[str, int]:
+        """The checkpoints that are kept for good, in their order: name and the tokens at which each is due.
+
+        A run that never anneals has no pre-anneal and, unless it is extended, no base: its last step is its end.
+        """
+        named = {PRE_ANNEAL: self.anneal_start} if self.optim.decay_tokens and self.anneal_start else {}
+        if self.optim.decay_tokens or self.extension.tokens:
+            named[BASE] = self.base_end
+        if self.extension.tokens:
+            named[CONTEXT_EXTENDED] = self.horizon
+        return named
 
     def phase_at(self, tokens: int) -> Phase:
         """The phase of the step that begins at `tokens`; the last one from the horizon on."""
