@@ -163,7 +163,7 @@ FLIPS = {"tokens": 3000, "sequence_length": 128, "batch_tokens": 1536, "microbat
 def test_every_knob_of_the_extension_is_alive(life, data, unbroken, tmp_path, knob):
     """Of microbatch_rows the log shows BatchHet."""
     flipped = replace(life, extension=replace(life.extension, **{knob: FLIPS[knob]}))
-    live(flipped, data, tmp_path / "run")
+    live(override(flipped, ["train.save_every_tokens=0"]), data, tmp_path / "run")
     assert log_of(tmp_path / "run") != log_of(unbroken[1])
 
 
@@ -171,7 +171,7 @@ def test_every_knob_of_the_extension_is_alive(life, data, unbroken, tmp_path, kn
 def test_every_knob_of_a_phase_is_alive(life, data, unbroken, tmp_path, knob):
     flip = {"from_tokens": 5200, "mix": str(data["long"]), "batch_tokens": 512, "name": "other"}[knob]
     flipped = replace(life, phases=(life.phases[0], replace(life.phases[1], **{knob: flip})))
-    live(flipped, data, tmp_path / "run")
+    live(override(flipped, ["train.save_every_tokens=0"]), data, tmp_path / "run")
     assert log_of(tmp_path / "run") != log_of(unbroken[1])
 
 
