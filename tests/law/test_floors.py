@@ -12,7 +12,6 @@ import pytest
 FLOORS = [
     {"base"},
     {"config"},
-    {"kernels"},
     {"plan", "report", "recipes", "text", "model", "balance", "optim"},
     {"data", "parallel", "ckpt"},
     {"train", "engine"},
