@@ -44,7 +44,8 @@ class GatherRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (order,) = ctx.saved_tensors
         tokens, top_k = ctx.shape
-        return grads[0].index_select(0, inverse(order)).view(tokens, top_k, -1).sum(1), None, None
+        width = grads[0].shape[1]  # no -1: a process may hold no rows
+        return grads[0].index_select(0, inverse(order)).view(tokens, top_k, width).sum(1), None, None
 
 
 class CombineRows(torch.autograd.Function):
