@@ -28,7 +28,7 @@ def three_steps(config: RunConfig, data: Path, world: World) -> dict[str, Any]:
     state = TrainState.fresh(config, Loader(data, config.data, config.train.seed), world)
     found: dict[str, Any] = {"measured": [], "counts": [], "gradients": {}}
     for _ in range(STEPS):
-        measured = accumulate(state, next_microbatches(state.loader, config, world), config)
+        measured = accumulate(state, next_microbatches(state.loader, config.phase_at(state.tokens), world), config)
         if not found["gradients"]:
             found["gradients"] = {name: whole(p.grad).clone() for name, p in state.model.named_parameters()}
         state.tokens += config.train.batch_tokens

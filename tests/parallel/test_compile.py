@@ -15,6 +15,7 @@ from trinity.parallel.mesh import World
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")  # dynamo and inductor warn of themselves
 def test_compiled_layers_learn_the_same(debug_data):
     plain = three_steps(small(), debug_data, World.alone())
     compiled = three_steps(small("parallel.compile=true"), debug_data, World.alone())

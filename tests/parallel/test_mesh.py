@@ -41,7 +41,7 @@ def test_the_published_layout_of_large_fits():
         (6, {"expert": 4}, "Expert parallelism over 4 processes does not divide the 6"),
         (3, {"expert": 3}, "256 experts cannot be spread evenly over 3"),
         (5, {"context": 5}, "48 query heads cannot be split over 5 context ranks"),
-        (2**15, {}, "not a whole number of microbatches for each of 32768 processes"),
+        (2**15, {}, "32768 processes cannot share them evenly"),
     ],
 )
 def test_numbers_that_do_not_divide_are_named(size, parallel, told):

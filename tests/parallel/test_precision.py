@@ -34,7 +34,7 @@ def test_router_norms_and_masters_stay_float32(debug_data):
         for module in state.model.modules():
             if isinstance(module, Router | RMSNorm) or module is state.model.layers[0].self_attn.q_proj:
                 module.register_forward_hook(record)
-        accumulate(state, next_microbatches(state.loader, BFLOAT16, world), BFLOAT16)
+        accumulate(state, next_microbatches(state.loader, BFLOAT16.course[0], world), BFLOAT16)
         name = next(name for name in seen if name.endswith("Linear"))
         assert seen["FSDPRouter"] == seen["FSDPRMSNorm"] == {torch.float32}
         assert seen[name] == {torch.bfloat16}

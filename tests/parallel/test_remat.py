@@ -31,7 +31,7 @@ def _kept_bytes(data: Path, setting: str) -> int:
     """Bytes of distinct storages that a forward pass keeps for backward, weights aside."""
     config = small(setting)
     state = TrainState.fresh(config, Loader(data, config.data, 0))
-    (batch, *_) = next_microbatches(state.loader, config, state.world)
+    (batch, *_) = next_microbatches(state.loader, config.course[0], state.world)
     weights = {parameter.untyped_storage().data_ptr() for parameter in state.model.parameters()}
     kept: dict[int, int] = {}
 
