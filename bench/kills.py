@@ -12,22 +12,24 @@ exit code 1 when one differs from the unbroken run's.
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 SETTINGS = ["train.tokens=48K", "train.batch_tokens=1024", "train.microbatch_rows=2", "train.save_every_tokens=2048",
             "train.evaluate_every_tokens=16K", "train.evaluate_bytes=500", "train.sample_tokens=0",
             "optim.decay_tokens=8K", "optim.warmup_tokens=4K", "data.sequence_length=64"]  # fmt: skip
+KEPT = 2  # train.keep_checkpoints of debug
 LONGEST = 300.0  # seconds that one life of a run may take before something must be wrong
-PHASES = ("starting", "stepping", "writing", "proving", "sealing", "pointing", "pruning")
-AIMED = PHASES[2:]
+AIMED = ("writing", "proving", "sealing", "moving", "pointing", "pruning")
+_STARTED = multiprocessing.get_context("forkserver")
 
 
 class Life:
@@ -37,64 +39,72 @@ class Life:
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
             port = listening.getsockname()[1]
-        command = [sys.executable, "-m", "trinity.cli.main", "train", "debug", "--data", str(data), "--out", str(run)]
+        command = ["train", "debug", "--data", str(data), "--out", str(run)]
         for setting in SETTINGS:
             command += ["--set", setting]
         place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        self.run, self.lines = run, _lines(run)
-        self.log = run.with_suffix(".log").open("a")
+        self.run, self.lines, self.log = run, _lines(run), run.with_suffix(".log")
         self.ranks = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, **place, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=self.log,
-                stderr=self.log,
+            _STARTED.Process(
+                target=carry_out, args=(command, place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, self.log)
             )
             for rank in range(processes)
         ]
+        for process in self.ranks:
+            process.start()
         self.began = time.monotonic()
 
     def goes_on(self) -> bool:
         if time.monotonic() - self.began > LONGEST:
-            raise SystemExit(f"{self.run} neither ends nor is killed; see {self.log.name}")
-        return all(process.poll() is None for process in self.ranks)
+            raise SystemExit(f"{self.run} neither ends nor is killed; see {self.log}")
+        return all(process.is_alive() for process in self.ranks)
 
     def phase(self) -> str:
         """What the run is doing, as its folder shows it."""
         checkpoints = self.run / "checkpoints"
         names = os.listdir(checkpoints) if checkpoints.is_dir() else []
-        for name in names:
-            if name.startswith(".latest.writing-"):
-                return "pointing"
-            if ".writing-" in name:
-                held = {path.name for path in (checkpoints / name).glob("**/*")}
-                if "manifest.json" in held or "state.json" in held:
-                    return "sealing"
-                return "proving" if sum(part.endswith(".safetensors") for part in held) == 2 * len(self.ranks) else (
-                    "writing"
-                )  # fmt: skip
-        if sum(name.startswith("step-") for name in names) > 2:
+        if any(name.startswith(".latest.writing-") for name in names):
+            return "pointing"
+        aside = [name for name in names if ".writing-" in name]
+        if aside:
+            try:
+                held = {path.name + path.parent.name for path in (checkpoints / aside[0]).rglob("*")}
+            except FileNotFoundError:  # it took its name while we looked
+                return "moving"
+            if any(name.startswith(("manifest.json", "state.json")) for name in held):
+                return "sealing"
+            files = sum(".safetensors" in name for name in held)
+            return "proving" if files == 2 * len(self.ranks) else "writing"
+        if sum(name.startswith("step-") for name in names) > KEPT:
             return "pruning"
         return "stepping" if _lines(self.run) > self.lines else "starting"
 
     def kill(self, rank: int) -> None:
-        """SIGKILL to one process; the others are asked to go, and made to."""
-        self.ranks[rank].send_signal(signal.SIGKILL)
-        for process in self.ranks:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+        """SIGKILL to one process; the others are asked to go, as torchrun does, and made to after a while."""
+        pids = [process.pid for process in self.ranks]
+        for number, pid in sorted(enumerate(pids), key=lambda place: place[0] != rank):
+            with suppress(ProcessLookupError):  # it ended by itself this very moment
+                os.kill(pid, signal.SIGKILL if number == rank else signal.SIGTERM)
         self.end()
 
     def end(self) -> list[int]:
         """Wait for all processes; their exit codes."""
-        try:
-            return [process.wait(timeout=60) for process in self.ranks]
-        except subprocess.TimeoutExpired:
-            for process in self.ranks:
-                process.kill()
-            return [process.wait() for process in self.ranks]
-        finally:
-            self.log.close()
+        for process in self.ranks:
+            process.join(timeout=60)
+            process.kill()
+            process.join()
+        return [process.exitcode for process in self.ranks]
+
+
+def carry_out(command: list[str], place: dict[str, str], log: Path) -> None:
+    """One process of the command, as a launcher starts it. It is forked from one that has torch loaded already."""
+    os.environ.update(place)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from trinity.cli.main import main
+
+    sys.exit(main(command))
 
 
 def _lines(run: Path) -> int:
@@ -142,10 +152,12 @@ def run_to_its_end(data: Path, run: Path, processes: int) -> None:
         time.sleep(0.05)
     codes = life.end()
     if any(codes):
-        raise SystemExit(f"{run} ended with exit codes {codes}; see {life.log.name}")
+        raise SystemExit(f"{run} ended with exit codes {codes}; see {life.log}")
 
 
 def main() -> None:
+    _STARTED.set_forkserver_preload(["trinity.train.loop", "trinity.train.display", "trinity.cli.train"])
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--processes", type=int, default=2)
@@ -168,7 +180,7 @@ def main() -> None:
             if phase is None:
                 codes = life.end()
                 if any(codes):
-                    raise SystemExit(f"{run} failed by itself with exit codes {codes}; see {life.log.name}")
+                    raise SystemExit(f"{run} failed by itself with exit codes {codes}; see {life.log}")
                 break
             met[phase] += 1
         run_to_its_end(data, run, options.processes)

@@ -14,7 +14,7 @@ CEILINGS = {
     "audit": 1000,
     "balance": 280,
     "base": 550,
-    "ckpt": 1100,
+    "ckpt": 1300,
     "cli": 2300,
     "config": 700,
     "data": 3200,

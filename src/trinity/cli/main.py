@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("trinity.cli.generate", "complete a prompt"),
     "chat": ("trinity.cli.chat", "talk to a model in the terminal"),
     "serve": ("trinity.cli.serve", "offer a model through an OpenAI-compatible API"),
+    "average": ("trinity.cli.average", "one model from several checkpoints of a run"),
     "import": ("trinity.cli.import_", "read a published checkpoint"),
     "export": ("trinity.cli.export", "write a model as a Hugging Face folder"),
     "audit": ("trinity.cli.audit", "measure what a model learnt, leaks and routes, with intervals"),
