@@ -12,6 +12,7 @@ import pytest
 FLOORS = [
     {"base"},
     {"config"},
+    {"kernels"},
     {"plan", "report", "recipes", "text", "model", "balance", "optim"},
     {"data", "parallel", "ckpt"},
     {"train", "engine"},

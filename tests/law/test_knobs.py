@@ -16,7 +16,12 @@ import trinity.config
 SRC = Path(__file__).parents[2] / "src" / "trinity"
 
 # Fields that nothing reads by name, each with the reason why that is right.
-DECLARED: dict[str, str] = {}
+DECLARED: dict[str, str] = {
+    "RunConfig.phases": "config/run.py lays them out as RunConfig.course",
+    "PhaseConfig.from_tokens": "config/phases.py turns it into Phase.begin, which the loop walks",
+    "PhaseConfig.mix": "config/phases.py numbers them, and the loader opens RunConfig.mixes",
+    "ExtensionConfig.mix": "config/phases.py numbers them, and the loader opens RunConfig.mixes",
+}
 
 
 def config_classes() -> list[type]:

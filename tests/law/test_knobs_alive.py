@@ -52,6 +52,11 @@ ELSEWHERE = {
     "train.hang_action": "tests/unit/test_train_hang.py",
     "train.alarm_command": "tests/unit/test_train_alarm.py",
     "train.alarm_quiet_minutes": "tests/unit/test_train_alarm.py",
+    "phases": "debug has none: tests/unit/test_train_phases.py",
+    **{
+        f"extension.{name}": "read where extension.tokens is not 0: tests/unit/test_train_phases.py"
+        for name in to_dict(recipe("debug").extension)
+    },
     "parallel.replicate": "needs several processes: tests/parallel/test_equivalence.py",
     "parallel.shard": "needs several processes: tests/parallel/test_equivalence.py",
     "parallel.context": "needs several processes: tests/parallel/test_equivalence.py",

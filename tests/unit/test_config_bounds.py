@@ -15,12 +15,15 @@ from trinity.config.align import AlignConfig
 from trinity.config.audit import AuditConfig
 from trinity.config.knob import Bounds, Settings
 from trinity.config.load import from_dict, override, to_dict
+from trinity.config.parallel import ParallelConfig
+from trinity.config.phases import ExtensionConfig, PhaseConfig
 from trinity.config.serve import ServeConfig
 from trinity.recipes.table import recipe
 
 DEBUG = recipe("debug")
 WHOLE = [DEBUG, DEBUG.model, DEBUG.data, DEBUG.optim, DEBUG.balance, DEBUG.train, AlignConfig(), AuditConfig(),
-         ServeConfig()]  # fmt: skip
+         ServeConfig(), PhaseConfig(name="a", from_tokens=0), ExtensionConfig(),
+         ParallelConfig()]  # fmt: skip
 
 # Numbers without bounds, each with the reason why any finite one will do.
 FREE = dict.fromkeys(("train.seed", "align.seed", "seed"), "any whole number names a stream of randomness")

@@ -1,6 +1,7 @@
 """Strict configuration: what is written comes back, what is unknown is refused with the nearest name."""
 
-from dataclasses import fields, is_dataclass
+import json
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from trinity.base.errors import ConfigError, TrinityError, UsageError
 from trinity.config.load import config_fingerprint, differences, from_dict, override, to_dict
 from trinity.config.model import ModelConfig
+from trinity.config.phases import ExtensionConfig, PhaseConfig
 from trinity.config.run import RunConfig
 from trinity.config.train import TrainConfig
 from trinity.recipes.table import RECIPES, recipe
@@ -18,12 +20,21 @@ from trinity.recipes.table import RECIPES, recipe
 def paths(config: Any, where: str = "") -> list[tuple[str, Any]]:
     found = []
     for field in fields(config):
-        value = getattr(config, field.name)
-        found += paths(value, f"{where}{field.name}.") if is_dataclass(value) else [(f"{where}{field.name}", value)]
+        value, name = getattr(config, field.name), f"{where}{field.name}"
+        if isinstance(value, tuple):
+            found += [path for number, entry in enumerate(value) for path in paths(entry, f"{name}.{number}.")]
+        else:
+            found += paths(value, f"{name}.") if is_dataclass(value) else [(name, value)]
     return found
 
 
-DEBUG = recipe("debug")
+PHASES = (
+    PhaseConfig(name="wide", from_tokens=8192, batch_tokens=2048),
+    PhaseConfig(name="late", from_tokens=20480, mix="folder"),
+)
+DEBUG = replace(
+    recipe("debug"), phases=PHASES, extension=ExtensionConfig(tokens=4096, sequence_length=256, batch_tokens=1024)
+)
 PATHS = paths(DEBUG)
 
 
@@ -67,6 +78,25 @@ def test_a_mistyped_key_is_refused_by_name(path: str, place: int, letter: str):
         ("model.num_key_value_heads=3", "cannot be shared evenly"),
         ("train.batch_tokens=1000", "not a whole number of microbatches"),
         ("model.max_position_embeddings=64", "longer than the model's context"),
+        ("phases=5", "is a list of sections.*phases.0.name"),
+        ("phases.0=5", "'phases.0' is a section"),
+        ("phases.2.mix=x", "There is no 'phases.2'; 'phases' has 2 entries"),
+        ("phases.one.mix=x", "There is no 'phases.one'"),
+        ("phases.0.batch=1K", "Unknown key 'phases.0.batch'. Did you mean 'batch_tokens'?"),
+        ("phases.0.name.first=x", "'phases.0.name' holds a single value"),
+        ("phases.1.from_tokens=8192", "Phases 'wide' and 'late' both begin at the step after 8,192 tokens"),
+        ("phases.1.from_tokens=4096", "both begin at the step after 8,192 tokens"),
+        ("phases.1.from_tokens=65536", "which the run of 65,536 never reaches"),
+        ("phases.1.name=wide", "The name 'wide' of phases.1 is taken"),
+        ("phases.1.name=extension", "The name 'extension' of phases.1 is taken"),
+        ("phases.0.name=", "The name '' of phases.0 is empty"),
+        ("phases.0.batch_tokens=1000", "not a whole number of microbatches.*phase 'wide'"),
+        ("extension.sequence_length=0", "has no extension.sequence_length"),
+        ("extension.batch_tokens=0", "has no extension.batch_tokens"),
+        ("extension.batch_tokens=1000", "phase 'extension'.*extension.microbatch_rows"),
+        ("extension.sequence_length=1024", "longer than the model's context.*extension.sequence_length"),
+        ("extension.warmup_tokens=5000", "does not fit a context extension of 4096"),
+        ("extension.final_lr_fraction=0.2", "above its highest, 0.1"),
     ],
 )
 def test_bad_settings_say_what_and_why(setting: str, told: str):
@@ -99,6 +129,12 @@ def test_dicts_with_unknown_missing_or_misplaced_keys():
         from_dict(RunConfig, {**whole, "train": {"seed": 0}})
     with pytest.raises(ConfigError, match="must be a table"):
         from_dict(RunConfig, {**whole, "train": 5})
+    with pytest.raises(ConfigError, match="'phases' must be a list of tables"):
+        from_dict(RunConfig, {**whole, "phases": 5})
+    with pytest.raises(ConfigError, match="'phases.0' must be a table"):
+        from_dict(RunConfig, {**whole, "phases": [5]})
+    with pytest.raises(ConfigError, match="phases.0. is incomplete"):
+        from_dict(RunConfig, {**whole, "phases": [{"name": "x"}]})
 
 
 def test_fingerprints_follow_values_and_nothing_else():
@@ -114,6 +150,9 @@ def test_differences_are_named_with_both_values():
         "model.rope_theta: 10000.0 -> 500000.0",
         "train.seed: 0 -> 1",
     ]
+    changed = replace(DEBUG, phases=(replace(PHASES[0], mix="other"),))
+    found = differences(json.loads(json.dumps(to_dict(DEBUG))), to_dict(changed))
+    assert found[0] == "phases.0.mix:  -> other" and found[1].startswith("phases.1: {") and len(found) == 2
 
 
 @pytest.mark.parametrize("kind", [ModelConfig, TrainConfig])

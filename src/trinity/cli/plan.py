@@ -7,6 +7,7 @@ Example:
   trinity plan large --cluster 2048xB300 --tokens 17T
   trinity plan demo --cluster 1xCPU
   trinity plan nano --cluster 512xH200 --price 2.5 --efficiency 0.2 --assume power_usage=1.1
+  trinity plan large --compare all --page plan.html --plot plan.png
   trinity plan mini --set model.num_experts_per_tok=4 --json
 """
 
@@ -26,24 +27,37 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         "an assumption, such as memory=192e9 or power_usage=1.1")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change a setting of the recipe; "
                         "parallel.* and train.microbatch_rows are searched unless set here")  # fmt: skip
+    parser.add_argument("--compare", metavar="A,B", help="models to set beside it: all, or of gpt-oss-120b, AFM-4.5B, "
+                        "GLM-4.5, Qwen3-235B, DeepSeek-V3")  # fmt: skip
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw the plan")
+    parser.add_argument("--page", metavar="FILE.html", help="also write the plan as one self-contained page")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.set_defaults(action=plan)
 
 
 def plan(options: argparse.Namespace) -> None:
     import json
+    from pathlib import Path
 
     from trinity.cli.plan_text import as_text
 
     found = planned(options)
+    if options.plot or options.page:
+        from trinity.cli.plan_page import save_plan_page, save_plan_picture
+
+        if options.plot:
+            save_plan_picture(found, Path(options.plot))
+        if options.page:
+            save_plan_page(found, Path(options.page))
     print(json.dumps(found, indent=2) if options.json else as_text(found))
 
 
 def planned(options: argparse.Namespace) -> dict[str, Any]:
     """The whole plan that a command line asks for."""
-    from trinity.cli.plan_figures import figures
+    from trinity.cli.plan_figures import comparison, figures
     from trinity.config.load import override
     from trinity.plan.hardware import DEVICES, parse_cluster
+    from trinity.plan.peers import PEERS, as_peer, peer
     from trinity.recipes.table import recipe
 
     run = recipe(options.recipe)
@@ -52,9 +66,13 @@ def planned(options: argparse.Namespace) -> dict[str, Any]:
     changes += [f"{name}={given}" for name in ("price", "efficiency") if (given := getattr(options, name)) is not None]
     devices, assumptions = assumed(list(DEVICES.values()), changes)
     cluster = parse_cluster(options.cluster) if options.cluster else None
-    return figures(
+    found = figures(
         run, cluster and (cluster.device.name, cluster.size), devices, assumptions, fixed_by(options.set, run)
     )
+    if options.compare:
+        peers = list(PEERS.values()) if options.compare == "all" else [peer(n) for n in options.compare.split(",")]
+        found["compare"] = comparison([as_peer(run.name, run.model), *peers], devices, assumptions)
+    return found
 
 
 def for_tokens(run: Any, text: str) -> list[str]:

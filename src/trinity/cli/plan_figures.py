@@ -10,15 +10,18 @@ from trinity.base.errors import UsageError
 from trinity.config.run import RunConfig
 from trinity.plan.assumptions import REASONS, Assumptions
 from trinity.plan.cost import DAY, Cost, members_in_server, run_cost, transfer_seconds
+from trinity.plan.decode import decode_roofline
 from trinity.plan.experts import expert_load
 from trinity.plan.fit import Fit, best_fit, smallest_cluster
 from trinity.plan.flops import attention_flops, forward_flops, model_flops, newton_schulz_flops
 from trinity.plan.hardware import Cluster, Device
 from trinity.plan.memory import kv_bytes, training_state_bytes
 from trinity.plan.params import count_parameters
+from trinity.plan.peers import Peer
 from trinity.plan.wire import transfers
 
 LENGTHS = (1024, 8192, 32768, 131072, 524288)
+COMPARED_AT, DECODED_AT, BATCHES = (8192, 131072, 524288), 8192, (1, 256)
 _LONGEST_DAYS, _SHORT_DAYS = 45, 1
 
 
@@ -154,6 +157,27 @@ def _sizes(run: RunConfig) -> dict[str, Any]:
         "weights_bytes": {"float32": 4 * count.total, "bfloat16": 2 * count.total},
         "kv_bytes_bfloat16": {str(length): cache.at(length, model.sliding_window) for length in lengths},
     }  # fmt: skip
+
+
+def comparison(models: list[Peer], devices: dict[str, Device], assumptions: Assumptions) -> list[dict[str, Any]]:
+    """Models side by side: parameters, FLOPs and cache by context, and the roofline of decoding on each kind of GPU."""
+    return [
+        {
+            "name": model.name, "total": model.total, "active": model.active, "published": model.published,
+            "source": model.source, "experts": model.experts, "chosen": model.chosen,
+            "forward_flops": {str(length): model.forward_flops(length) for length in COMPARED_AT},
+            "kv_bytes": {str(length): model.kv_bytes(length) for length in COMPARED_AT},
+            "decode": {
+                device.name: {
+                    str(batch): decode_roofline(model, device, batch, DECODED_AT, assumptions.usable_memory)._asdict()
+                    for batch in BATCHES
+                }
+                for device in devices.values()
+                if not device.is_cpu
+            },
+        }
+        for model in models
+    ]  # fmt: skip
 
 
 def _assumptions(device: Device, assumptions: Assumptions) -> list[dict[str, Any]]:

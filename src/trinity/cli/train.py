@@ -52,7 +52,8 @@ def train_recipe(options: argparse.Namespace) -> None:
     from trinity.train.loop import train
 
     with joined_world(config) as world:
-        data = options.data or _given_or_embedded(options, config, world)
+        data = options.data or (Path(config.own_data) if config.own_data else None)
+        data = data or _given_or_embedded(options, config, world)
         with TrainingDisplay(config.horizon, world.is_first) as display:
             state = train(config, data, options.out, display.say, display.show, world)
     if not world.is_first:

@@ -5,9 +5,11 @@ Shapes: N tokens, K chosen, R = N x K routed rows, E experts, D width, F hidden 
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from trinity.config.model import ModelConfig
+from trinity.kernels.products import GroupedProduct, fits
 from trinity.model.dispatch import Dispatch
 from trinity.model.layers import GatePacked, SwiGLU
 from trinity.model.router import Router, Routing
@@ -54,15 +56,19 @@ class MixtureOfExperts(nn.Module):
 
 def through_experts(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """down[e](silu(gate[e](row)) * up[e](row)) for each expert's stretch of rows [R, D]; gate_up [E, 2, F, D]."""
-    return grouped_matmul(GatePacked.apply(grouped_matmul(rows, gate_up.flatten(1, 2), ends)), down, ends)
+    return grouped_matmul(GatePacked.apply(grouped_matmul(rows, gate_up, ends)), down, ends)
 
 
 def grouped_matmul(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """rows[a:b] @ weights[e].T for each expert's stretch [a, b) of rows: [R, I] x [E, O, I] -> [R, O].
+    """rows[a:b] @ weights[e].T for each expert's stretch [a, b) of rows: [R, I] x [E, ..., I] -> [R, O].
 
-    `ends` [E] int64 are the cumulative row counts. Falls to the loop where grouped_mm does not take the shapes: its
-    strides must be multiples of 16 bytes.
+    The middle dimensions of `weights` count together as O; `ends` [E] int64 are the cumulative row counts. On a CPU by
+    the compiled kernels, else by grouped_mm, and by the loop where that does not take the shapes: its strides must be
+    multiples of 16 bytes. Float32 shapes without values (a dry run) pass as on a CPU; grouped_mm refuses to trace them.
     """
+    if fits(rows, weights) or (rows.dtype == torch.float32 and (rows.is_meta or isinstance(rows, FakeTensor))):
+        return GroupedProduct.apply(rows, weights, ends)
+    weights = weights.flatten(1, -2)
     aligned = 16 // rows.element_size()
     if rows.shape[1] % aligned or weights.shape[1] % aligned:
         return grouped_matmul_loop(rows, weights, ends)
@@ -72,4 +78,5 @@ def grouped_matmul(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 def grouped_matmul_loop(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """The plain twin of `grouped_matmul`: one matmul an expert. (unbind, not indexing: its backward is one stack.)"""
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    weights = weights.flatten(1, -2)
     return torch.cat([part @ weight.T for part, weight in zip(rows.split(sizes), weights.unbind(0), strict=True)])

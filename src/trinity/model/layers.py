@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from trinity.kernels.products import linear
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, statistics and gain in float32 whatever the input's precision (T5 order)."""
@@ -48,6 +50,10 @@ class Linear(nn.Linear):
 
     def __init__(self, fan_in: int, fan_out: int) -> None:
         super().__init__(fan_in, fan_out, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        return linear(input, self.weight)
 
     def reset_parameters(self) -> None:
         """Left to init.py, which draws each matrix from its own named seed."""

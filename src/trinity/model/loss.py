@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from trinity.kernels.products import multiply
+
 IGNORED = -100
 CHUNK_TOKENS = 2048
 
@@ -37,7 +39,9 @@ class ChunkedLoss(torch.autograd.Function):
         cross_entropy = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             part, target = hidden[start : start + CHUNK_TOKENS], targets[start : start + CHUNK_TOKENS]
-            logits = (part @ head.T).float()
+            logits = part.new_empty(part.shape[0], head.shape[0])
+            multiply(part, head.T, logits)
+            logits = logits.float()
             counted = target != IGNORED
             safe = torch.where(counted, target, 0).unsqueeze(1)
             highest = logits.amax(-1, keepdim=True)
@@ -52,8 +56,8 @@ class ChunkedLoss(torch.autograd.Function):
             grad = softmax.mul_(((1 + 2 * z_loss * partition) * scale).unsqueeze(1) / norm)
             grad.scatter_add_(1, safe, -scale.unsqueeze(1))
             grad = grad.to(hidden.dtype)
-            torch.mm(grad, head, out=grad_hidden[start : start + CHUNK_TOKENS])
-            grad_head.addmm_(grad.T, part) if part.dtype == torch.float32 else grad_head.add_(grad.T @ part)
+            multiply(grad, head, grad_hidden[start : start + CHUNK_TOKENS])
+            multiply(grad.T, part, grad_head, add=True)
         ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
         cross_entropy = cross_entropy / divisor
         ctx.mark_non_differentiable(cross_entropy)

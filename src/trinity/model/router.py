@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trinity.config.model import ModelConfig
+from trinity.kernels.products import linear
 from trinity.model.layers import Linear
 
 
@@ -37,7 +37,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, expert_bias: Tensor) -> Routing:
         """x: [N, D], expert_bias: [E] -> Routing."""
-        scores = F.linear(x.float(), self.gate.weight.float()).sigmoid()
+        scores = linear(x.float(), self.gate.weight.float()).sigmoid()
         chosen = torch.topk(scores.detach() + expert_bias, self.top_k, dim=-1).indices
         weights = scores.gather(-1, chosen)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.route_scale

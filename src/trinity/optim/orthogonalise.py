@@ -7,6 +7,8 @@ roughly [0.7, 1.2] in five steps. Cost per m x n matrix (m <= n): steps x (4 m^2
 import torch
 from torch import Tensor
 
+from trinity.kernels.compiled import fits
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPS = 1e-7
 
@@ -21,6 +23,10 @@ def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.f
     flat = x.flatten(0, -3) if x.dim() > 3 else x
     stack = flat if flat.dim() == 3 else flat.unsqueeze(0)
     stack = stack / stack.flatten(1).norm(dim=1).clamp(min=_EPS)[:, None, None]
+    if fits(stack):
+        torch.ops.trinity.orthogonalise(stack, steps, a, b, c)
+        x = stack.view(x.shape)
+        return x.mT if tall else x
     for _ in range(steps):
         # (a I + b G + c G^2) X with G = X X^T; constants go onto diagonals, so that no product copies its addend.
         gram = stack @ stack.mT

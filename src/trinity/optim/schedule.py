@@ -3,6 +3,30 @@
 import math
 
 from trinity.config.optim import OptimConfig
+from trinity.config.phases import ExtensionConfig
+from trinity.config.run import RunConfig
+
+
+def factor_at(tokens: float, run: RunConfig) -> float:
+    """Factor on the peak rates after `tokens` tokens of a run: one schedule over all its phases, then the extension's.
+
+    The anneal ends where the steps of train.tokens end, whatever their sizes are.
+    """
+    if run.extension.tokens and tokens > run.base_end:
+        return extension_factor(tokens - run.base_end, run.horizon - run.base_end, run.extension)
+    return rate_factor(tokens, run.base_end, run.optim)
+
+
+def extension_factor(tokens: float, total: int, config: ExtensionConfig) -> float:
+    """After `tokens` of an extension of `total`: linear from zero over its warm-up, then down over all the rest.
+
+    Without a warm-up it begins at its highest rate, which is how an anneal to that rate is continued.
+    """
+    if tokens < config.warmup_tokens:
+        return config.high_lr_fraction * tokens / config.warmup_tokens
+    rest = max(total - config.warmup_tokens, 1)
+    progress = (tokens - config.warmup_tokens) / rest
+    return falling(progress, config.high_lr_fraction, config.final_lr_fraction, config.decay)
 
 
 def rate_factor(tokens: float, total: int, config: OptimConfig) -> float:

@@ -135,18 +135,13 @@ def layout(config: RunConfig, size: int) -> Layout:
             "layers need.",
             "Choose parallel.context as a divisor of model.num_attention_heads.",
         )
-    if config.data.sequence_length % parallel.context:
-        raise ConfigError(
-            f"Rows of {config.data.sequence_length} tokens cannot be cut evenly for {parallel.context} context ranks.",
-            "Choose parallel.context as a divisor of data.sequence_length.",
-        )
-    share = parallel.replicate * shard * config.train.microbatch_rows * config.data.sequence_length
-    if config.train.batch_tokens % share:
-        raise ConfigError(
-            f"A step of {config.train.batch_tokens} tokens is not a whole number of microbatches for each of "
-            f"{parallel.replicate * shard} processes that read rows ({share} tokens in one round).",
-            "Change train.batch_tokens, train.microbatch_rows or the number of processes.",
-        )
+    for phase in config.course:
+        if phase.sequence_length % parallel.context:
+            raise ConfigError(
+                f"Rows of {phase.sequence_length} tokens cannot be cut evenly for {parallel.context} context ranks.",
+                f"Choose parallel.context as a divisor of the row's length in phase '{phase.name}'.",
+            )
+        phase.microbatches(parallel.replicate * shard)
     return Layout(
         replicate=parallel.replicate,
         shard=shard,

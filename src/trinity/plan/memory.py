@@ -23,7 +23,7 @@ from trinity.plan.params import (
 LOSS_CHUNK = 2048  # tokens whose logits exist at once (model/loss.py)
 MUON_BATCH = 1 << 24  # values orthogonalised at once (optim/muon.py), in about five copies
 MUON_ROUND = 1 << 27  # values of matrices that travel to owners at once (parallel/muon.py)
-HOST_PROCESS = 450 * 2**20  # resident bytes of a CPU process that has imported torch and the trainer; measured
+HOST_PROCESS = 370 * 2**20  # resident bytes of a CPU process before its model, kernels warm; measured
 DEVICE_PROCESS = 3 * 2**30  # CUDA context, kernels and NCCL's buffers on a GPU; a common figure, not measured here
 
 
@@ -69,13 +69,14 @@ class RankMemory:
     loss: int
     muon: int
     process: int
+    allocator: int = field(metadata={"meaning": "freed memory of one pass that malloc cannot use for the next"})
     staging: int = field(metadata={"meaning": "copy of the state in host memory while a checkpoint is written"})
     kept_gradients: bool  # whether gradients of earlier microbatches are there during backward
 
     @property
     def moments_of_a_step(self) -> dict[str, int]:
         """Device bytes at each moment when the peak can be."""
-        always = self.weights + self.moments + self.process
+        always = self.weights + self.moments + self.process + self.allocator
         early = self.gradients if self.kept_gradients else 0
         return {
             "loss": always + early + self.activations + self.gathered + self.loss,
@@ -92,21 +93,30 @@ class RankMemory:
 def rank_memory(run: RunConfig, layout: Layout, in_host_memory: bool) -> RankMemory:
     """What the fullest process of a layout holds. in_host_memory: it computes in host memory (a CPU)."""
     held = held_values(run.model, layout.fsdp, layout.expert)
+    activations = activation_bytes(run, layout)
     biases = 4 * run.model.num_sparse_layers * run.model.num_experts
     tokens = layout.tokens(run)
     return RankMemory(
         weights=4 * held.weights + biases,
         moments=4 * held.moments + biases,
         gradients=4 * held.weights,
-        activations=activation_bytes(run, layout),
+        activations=activations,
         gathered=_gathered_bytes(run.model, layout),
         backward=_backward_bytes(run.model, layout, tokens),
         loss=_loss_bytes(run.model, layout, tokens),
         muon=_muon_bytes(run, layout),
         process=HOST_PROCESS if in_host_memory else DEVICE_PROCESS,
+        allocator=_kept_by_malloc(activations, layout.microbatches(run)) if in_host_memory else 0,
         staging=4 * (held.weights + held.moments),
         kept_gradients=layout.microbatches(run) > 1,
     )
+
+
+def _kept_by_malloc(activations: int, microbatches: int) -> int:
+    """glibc hands the freed tensors of one pass to the next only in part, so resident memory holds some twice: measured
+    all of them when passes follow each other, half when an update lies between. On a GPU such losses are in the share
+    of memory that is usable."""
+    return activations if microbatches > 1 else activations // 2
 
 
 def activation_bytes(run: RunConfig, layout: Layout) -> int:

@@ -21,9 +21,9 @@ from trinity.report.read import RunRecord
 WIDTH, HEIGHT = 420, 250  # in CSS pixels, one per point of the drawing
 _INK = "#010203"
 _FAINT = "#040506"
-_SERIES = [f"#a1000{number}" for number in range(1, 7)]
+SERIES = [f"#a1000{number}" for number in range(1, 7)]
 _POINTS = 600  # most points of one line: more are averaged, which no eye could tell apart
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "trinity",
     "font.size": 10.5,
@@ -52,10 +52,10 @@ def lines(
     series: Sequence[Line], unit: str, *, log: bool = False, smooth: bool = False, floor: float | None = None
 ) -> str:
     """Values over tokens, one line a series. `smooth` draws the raw values faintly behind their running mean."""
-    with rc_context(_STYLE):
-        figure, axes = _canvas()
+    with rc_context(STYLE):
+        figure, axes = canvas()
         for number, (label, tokens, values) in enumerate(series):
-            colour = _SERIES[number % len(_SERIES)]
+            colour = SERIES[number % len(SERIES)]
             x, y = _thinned(tokens), _thinned(values)
             if smooth and len(y) > 20:
                 axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
@@ -69,7 +69,7 @@ def lines(
             axes.set_ylim(bottom=floor)
         if len(series) > 1:
             axes.legend(ncols=2 if len(series) > 3 else 1)
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def loss_curve(runs: list[RunRecord]) -> str:
@@ -102,7 +102,7 @@ def max_violation(run: RunRecord) -> str:
     tokens, rows = run.layers("max_violation_by_layer")
     layers = len(rows[0]) if rows else 0
     series: list[Line] = [(f"sparse layer {i + 1}", tokens, [row[i] for row in rows]) for i in range(layers)]
-    if layers > len(_SERIES):
+    if layers > len(SERIES):
         series = [("largest of all layers", *run.column("max_violation"))]
     return lines(series, "MaxVio", smooth=True, floor=0)
 
@@ -113,8 +113,8 @@ def expert_load(run: RunRecord, layer: int) -> str:
     shares = [row[layer] for row in rows]
     experts = len(shares[0])
     grid = [[share[expert] * experts for share in shares] for expert in range(experts)]
-    with rc_context(_STYLE):
-        figure, axes = _canvas()
+    with rc_context(STYLE):
+        figure, axes = canvas()
         axes.grid(False)
         image = axes.imshow(
             grid,
@@ -132,18 +132,18 @@ def expert_load(run: RunRecord, layer: int) -> str:
         bar = figure.colorbar(image, ax=axes, pad=0.02)
         bar.set_label("times the even share")
         bar.outline.set_linewidth(0)  # type: ignore[operator]
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def compressor_bars(files: list[FileBits]) -> str:
     """Bits per byte of each held-out file: the model beside gzip -9 and xz -9e. Shorter is better."""
-    with rc_context(_STYLE):
-        figure, axes = _canvas(height=80 + 46 * len(files))
+    with rc_context(STYLE):
+        figure, axes = canvas(height=80 + 46 * len(files))
         names = {"model": "this model", "xz": "xz -9e", "gzip": "gzip -9"}
         for number, (field, label) in enumerate(names.items()):
             places = [row + (number - 1) * 0.26 for row in range(len(files))]
             values = [getattr(file, field) for file in files]
-            bars = axes.barh(places, values, height=0.24, color=_SERIES[number], label=label)
+            bars = axes.barh(places, values, height=0.24, color=SERIES[number], label=label)
             axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
         axes.set_yticks(range(len(files)), [_shortened(file.name) for file in files])
         axes.invert_yaxis()
@@ -151,10 +151,10 @@ def compressor_bars(files: list[FileBits]) -> str:
         axes.margins(x=0.14)
         axes.set_xlabel("bits per byte (shorter is better)")
         axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3)
-        return _svg(figure)
+        return svg_of(figure)
 
 
-def _canvas(height: float = HEIGHT) -> tuple[Figure, Axes]:
+def canvas(height: float = HEIGHT) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
@@ -188,7 +188,7 @@ def _shortened(name: str, longest: int = 20) -> str:
     return name if len(name) <= longest else f"…{name[1 - longest :]}"
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure) -> str:
     """The drawing as an <svg> element without size, fonts or colours of its own: the page's CSS gives them."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
@@ -199,6 +199,6 @@ def _svg(figure: Figure) -> str:
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # older and newer ways to name a font
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     svg = svg.replace(_INK, "currentColor").replace(_FAINT, "var(--line)")
-    for number, colour in enumerate(_SERIES, start=1):
+    for number, colour in enumerate(SERIES, start=1):
         svg = svg.replace(colour, f"var(--series-{number})")
     return svg

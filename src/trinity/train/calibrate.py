@@ -15,12 +15,13 @@ _STEPS, _UNCOUNTED = 8, 2  # the first steps pay for allocations
 
 def tokens_per_second(config: RunConfig, data: Path) -> float:
     """Median speed over a few steps of a throwaway run, loading and update included."""
+    first = config.course[0]
     state = TrainState.fresh(config, Loader(data, config.data, config.train.seed))
     seconds = []
     for _ in range(_STEPS):
         started = time.perf_counter()
-        batches = next_microbatches(state.loader, config, state.world)
+        batches = next_microbatches(state.loader, first, state.world)
         measured = accumulate(state, batches, config)
-        apply_update(state, measured, config, learning_rates(config.train.batch_tokens, config))
+        apply_update(state, measured, config, learning_rates(first.batch_tokens, config))
         seconds.append(time.perf_counter() - started)
-    return config.train.batch_tokens / statistics.median(seconds[_UNCOUNTED:])
+    return first.batch_tokens / statistics.median(seconds[_UNCOUNTED:])

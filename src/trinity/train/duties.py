@@ -13,7 +13,7 @@ from trinity.balance.health import Health, measure
 from trinity.base.durable import write_durably
 from trinity.base.lineage import code_version
 from trinity.base.run import MetricsLog, Unwritten, read_lines
-from trinity.ckpt.folder import PRE_ANNEAL
+from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
 from trinity.data.heldout import heldout_documents
 from trinity.data.mix import HeldoutDocument
@@ -71,7 +71,7 @@ class Duties:
         biases = state.model.expert_biases()
         sparse = bool(biases)
         health = measure(measured.counts, torch.stack(biases)) if sparse else Health([0.0], 1.0, 0, 0.0)
-        speed = self.config.train.batch_tokens / seconds
+        speed = self.config.batch_at(state.tokens - 1) / seconds
         values: dict[str, Any] = {
             "tokens": state.tokens,
             "loss": measured.loss,
@@ -180,17 +180,29 @@ class Duties:
         state.guard.saved()
         self._start_save(state, f"step-{state.step:08d}", newest=True)
 
-    def save_pre_anneal(self, state: TrainState) -> None:
-        """The checkpoint before the learning rate falls: kept for good, what a TrueBase is cut from.
-
-        Written whenever that point is passed: after a roll-back it must be of the branch that the run ends in.
-        """
-        self.save_named(state, PRE_ANNEAL)
-
     def save_named(self, state: TrainState, name: str) -> None:
-        """A checkpoint under a name of its own, kept for good beside those of the steps."""
+        """A checkpoint under a name of its own, kept for good beside those of the steps.
+
+        Written whenever its point is passed: after a roll-back it must be of the branch that the run ends in.
+        """
         self._start_save(state, name, newest=False)
         self.say(f"step {state.step}: {name} checkpoint kept at {state.tokens:,} tokens")
+
+    def begin_phase(self, state: TrainState, phase: Phase) -> None:
+        """Log and say what the next step begins."""
+        self.metrics.write(
+            "phase",
+            state.step,
+            name=phase.name,
+            tokens=phase.begin,
+            batch_tokens=phase.batch_tokens,
+            sequence_length=phase.sequence_length,
+            corpus=phase.corpus,
+        )
+        self.say(
+            f"step {state.step}: phase '{phase.name}' begins, {phase.rows:,} rows of {phase.sequence_length:,} tokens "
+            "in a step"
+        )
 
     def _start_save(self, state: TrainState, name: str, newest: bool) -> None:
         self.wait_for_save()

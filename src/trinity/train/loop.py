@@ -15,6 +15,7 @@ from trinity.base.errors import ConfigError, TrainingHalted, UsageError
 from trinity.base.run import CONFIG
 from trinity.ckpt.folder import newest_good, read_state
 from trinity.ckpt.peers import Peers
+from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
 from trinity.data.loader import Batch, Loader
 from trinity.parallel.agree import agree
@@ -69,16 +70,15 @@ def train(
 
 
 def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, show: Callable[[Progress], None]) -> None:
-    anneal_start = config.horizon - config.optim.decay_tokens
     while state.tokens < config.horizon:
-        started, place = time.perf_counter(), state.loader.trace.place
-        batches = next_microbatches(state.loader, config, state.world)
+        started, phase, place = time.perf_counter(), config.phase_at(state.tokens), state.loader.trace.place
+        batches = next_microbatches(state.loader, phase, state.world)
         loaded = time.perf_counter() - started
         measured = accumulate(state, batches, config)
         verdict = state.guard.judge(measured.loss, measured.grad_norm)
         if verdict.action == "update":
             verdict = state.guard.judge_routing(measured.counts, state.model.expert_biases())
-        incident = Incident.of(verdict, state, measured, place, config.train.microbatch_rows)
+        incident = Incident.of(verdict, state, measured, place, phase.microbatch_rows)
         if verdict.action in ("rollback", "stop"):
             drop_update(state)
             if verdict.action == "stop":
@@ -93,7 +93,7 @@ def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, sh
             continue
         before = state.tokens
         state.step += 1
-        state.tokens += config.train.batch_tokens
+        state.tokens += phase.batch_tokens
         rates = learning_rates(state.tokens, config)
         if verdict.action == "skip":
             drop_update(state)
@@ -105,25 +105,28 @@ def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, sh
         seconds = time.perf_counter() - started
         for other in duties.watch.stepped(state.step, state.tokens, measured.loss, loaded, seconds):
             duties.incident(state.step, other)
-        _do_duties(state, config, duties, before, anneal_start)
+        _do_duties(state, config, duties, before)
 
 
-def next_microbatches(loader: Loader, config: RunConfig, world: World) -> list[Batch]:
+def next_microbatches(loader: Loader, phase: Phase, world: World) -> list[Batch]:
     """This process's microbatches of the next step. Each holds the same rows whatever the number of processes."""
-    rows = config.train.microbatch_rows
-    rounds = config.train.batch_tokens // (rows * config.data.sequence_length * world.data_size)
-    return [loader.next_batch(rows, world.data_rank, world.data_size) for _ in range(rounds)]
+    loader.turn_to(phase.corpus, phase.sequence_length)
+    rounds = phase.microbatches(world.data_size)
+    return [loader.next_batch(phase.microbatch_rows, world.data_rank, world.data_size) for _ in range(rounds)]
 
 
-def _do_duties(state: TrainState, config: RunConfig, duties: Duties, before: int, anneal_start: int) -> None:
+def _do_duties(state: TrainState, config: RunConfig, duties: Duties, before: int) -> None:
     duties.look_after_save()
     done = state.tokens >= config.horizon
     if done or due(config.train.evaluate_every_tokens, before, state.tokens):
         with duties.watch.doing("evaluating"):
             duties.evaluate(state)
-    if config.optim.decay_tokens and before < anneal_start <= state.tokens:
-        with duties.watch.doing("saving"):
-            duties.save_pre_anneal(state)
+    for name, tokens in config.named_checkpoints.items():
+        if before < tokens <= state.tokens:
+            with duties.watch.doing("saving"):
+                duties.save_named(state, name)
+    if not done and config.phase_at(state.tokens).begin == state.tokens:
+        duties.begin_phase(state, config.phase_at(state.tokens))
     if done or due(config.train.save_every_tokens, before, state.tokens):
         with duties.watch.doing("saving"):
             duties.save(state)
@@ -149,7 +152,7 @@ def prepare(
     config: RunConfig, data: Path, run: Path, say: Callable[[str], None], world: World, peers: Peers
 ) -> tuple[TrainState, list[str]]:
     """A fresh state, or that of the newest good checkpoint of the same run; and the settings that a resume changed."""
-    loader = Loader(data, config.data, config.train.seed)
+    loader = Loader(data, config.data, config.train.seed, [Path(mix) for mix in config.mixes])
     if loader.tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"The tokenizer of {data} has {loader.tokenizer.vocab_size} entries; the model has room for "

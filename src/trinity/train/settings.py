@@ -50,7 +50,7 @@ def begin(run: Path, config: RunConfig, loader: Loader, data: Path, world: World
     known = {
         **_resolved(config),
         "data": str(data),
-        "data_fingerprint": loader.data_fingerprint,
+        "data_of_phases": _data_of_phases(loader),
         "tokenizer_fingerprint": loader.tokenizer.fingerprint,
         "begun_with": machine(world),
     }
@@ -69,12 +69,24 @@ def changes(run: Path, config: RunConfig, loader: Loader) -> list[str]:
             f"{run} was begun with other settings: {'; '.join(locked[:5])}.",
             "Give the same settings to resume, or another --out.",
         )
-    for what, ours in (("data", loader.data_fingerprint), ("tokenizer", loader.tokenizer.fingerprint)):
-        if known[f"{what}_fingerprint"] != ours:
-            raise DataError(
-                f"{run} was begun with other {what} ({known[f'{what}_fingerprint']} of {known['data']}, now {ours}).",
-                "Give the data folder the run began with, or another --out.",
-            )
+    before = known["data_of_phases"]
+    if before != _data_of_phases(loader):
+        strange = [
+            str(corpus.path)
+            for place, corpus in enumerate(loader.corpora.each)
+            if before[place : place + 1] != [corpus.fingerprint]
+        ]
+        raise DataError(
+            f"{run} was begun with other data than {' and '.join(strange) or 'its phases now name'}"
+            f" (then {', '.join(before)}; now {', '.join(_data_of_phases(loader))}).",
+            "Give the data folders the run began with, or another --out.",
+        )
+    if known["tokenizer_fingerprint"] != loader.tokenizer.fingerprint:
+        raise DataError(
+            f"{run} was begun with another tokenizer ({known['tokenizer_fingerprint']}, now "
+            f"{loader.tokenizer.fingerprint}).",
+            "Give the data folders the run began with, or another --out.",
+        )
     return differences(known["config"], to_dict(config))
 
 
@@ -88,7 +100,7 @@ def begun(run: Path) -> dict[str, Any]:
     path = run / CONFIG
     try:
         known = json.loads(path.read_bytes())
-        for key in ("config", "data", "data_fingerprint", "tokenizer_fingerprint", "begun_with"):
+        for key in ("config", "data", "data_of_phases", "tokenizer_fingerprint", "begun_with"):
             known[key]
         _locked(known["config"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -108,10 +120,21 @@ def machine(world: World) -> dict[str, Any]:
     return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "processes": world.size}
 
 
+def _data_of_phases(loader: Loader) -> list[str]:
+    """What each corpus of the run holds, by name of its contents."""
+    return [corpus.fingerprint for corpus in loader.corpora.each]
+
+
 def _locked(config: dict[str, Any]) -> dict[str, Any]:
-    """What decides the arithmetic of steps. The layout over processes is not part of it, beyond rounding."""
+    """What decides the arithmetic of steps. The layout over processes is not part of it, beyond rounding.
+
+    Of data folders the contents are locked, by fingerprint, not the places where they lie.
+    """
+    phases = [{**phase, "mix": bool(phase["mix"])} for phase in config["phases"]]
     return {
         **config,
+        "phases": phases,
+        "extension": {**config["extension"], "mix": bool(config["extension"]["mix"])},
         "train": {key: value for key, value in config["train"].items() if key not in FREE},
         "parallel": {"precision": config["parallel"]["precision"]},
     }

@@ -16,7 +16,7 @@ from trinity.config.run import RunConfig
 from trinity.data.loader import Batch
 from trinity.model.loss import IGNORED, chunked_loss
 from trinity.model.router import Routing, sequence_balance_loss
-from trinity.optim.schedule import rate_factor
+from trinity.optim.schedule import factor_at
 from trinity.parallel.context import attend_over, own_stretch
 from trinity.parallel.expert import dispatch_over
 from trinity.parallel.mesh import World
@@ -109,7 +109,7 @@ def _measured(table: Tensor, added: Tensor, grad_norm: float, counts: Tensor, ta
 
 def learning_rates(tokens: int, config: RunConfig) -> tuple[float, float]:
     """(Muon's, AdamW's) rate of the step that ends at `tokens` tokens: the schedule at its middle, never zero."""
-    factor = rate_factor(tokens - config.train.batch_tokens / 2, config.horizon, config.optim)
+    factor = factor_at(tokens - config.batch_at(tokens - 1) / 2, config)
     return factor * config.optim.muon_lr, factor * config.optim.adamw_lr
 
 

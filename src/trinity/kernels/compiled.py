@@ -1,0 +1,111 @@
+"""The C++ sources of this package, compiled on first use into the user's cache folder; without them torch works.
+
+The library is named after a hash of the sources, the torch release, the compiler's flags and the processor, so that
+what is found there fits. Processes that start together build once: one holds a lock (which dies with its holder), the
+rest wait for it. TRINITY_KERNELS=off leaves the library alone.
+"""
+
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+_FLAGS = ["-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-fopenmp"]
+_FLAGS += ["-DAT_PARALLEL_OPENMP=1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+
+# Declared here, so that shapes can be traced (on meta tensors) where nothing is compiled. All write into `out`.
+_OPERATORS = torch.library.Library("trinity", "DEF")
+for _schema in (
+    "matmul(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()",
+    "grouped_rows(Tensor rows, Tensor weights, Tensor ends, Tensor(a!) out, bool transposed) -> ()",
+    "grouped_weights(Tensor grads, Tensor rows, Tensor ends, Tensor(a!) out, bool add) -> ()",
+    "orthogonalise(Tensor(a!) stack, int steps, float a, float b, float c) -> ()",
+):
+    _OPERATORS.define(_schema)
+    _OPERATORS.impl(_schema.partition("(")[0], lambda *_: None, "Meta")
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether the kernels take these: float32 on a CPU, outside torch.compile, and the library is there."""
+    return (
+        all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and is_loaded()
+    )
+
+
+@functools.cache
+def is_loaded() -> bool:
+    """Load the library, building it if need be. False, after one sentence on stderr, where that cannot be done."""
+    if os.environ.get("TRINITY_KERNELS") == "off":
+        return False
+    try:
+        torch.ops.load_library(str(_built()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        _say(f"The CPU kernels are not used, training is slower ({_reason(error)}). Install g++ to have them built.")
+        return False
+    return True
+
+
+def _built() -> Path:
+    """The path of the compiled library."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    text = [path.read_text() for path in _SOURCES + _HEADERS]
+    key = hashlib.sha256("\n".join([*text, *_FLAGS, torch.__version__, compiler or "", _processor()]).encode())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trinity"
+    library = folder / f"kernels-{key.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    if compiler is None:
+        raise OSError("no C++ compiler was found")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _say("Compiling the CPU kernels, once; this takes about half a minute.")
+            _compile(compiler, library)
+    return library
+
+
+def _compile(compiler: str, library: Path) -> None:
+    """Build beside the goal and rename, so that a reader finds all of it or nothing."""
+    root = Path(torch.__file__).parent
+    links = [f"-isystem{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    with tempfile.TemporaryDirectory(dir=library.parent) as place:
+        half = Path(place) / library.name
+        command = [compiler, *_FLAGS, *map(str, _SOURCES), *links, "-o", str(half)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        half.replace(library)
+
+
+def _processor() -> str:
+    """What the compiled code depends on: the architecture and the processor's instruction sets."""
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        flags = platform.processor()
+    return platform.machine() + flags
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line for line in error.stderr.splitlines() if "error" in line]
+        return "the compiler said: " + (lines[0] if lines else f"exit code {error.returncode}")
+    return str(error).splitlines()[0]
+
+
+def _say(sentence: str) -> None:
+    """Once on a machine: of several processes under torchrun the first speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(sentence, file=sys.stderr, flush=True)

@@ -1,0 +1,162 @@
+"""The compiled CPU kernels beside their plain twins; building them, and doing without."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from trinity.kernels import compiled, products
+from trinity.model.experts import grouped_matmul, grouped_matmul_loop
+from trinity.optim.orthogonalise import orthogonalise
+
+needs_kernels = pytest.mark.skipif(not compiled.is_loaded(), reason="no C++ compiler here: torch does this work")
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def both_ways(function, x, weight, upstream):
+    """The result and both gradients."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = function(x, weight)
+    out.backward(upstream)
+    return out.detach(), x.grad, weight.grad if weight.grad is not None else torch.zeros_like(weight)
+
+
+@needs_kernels
+@given(st.integers(1, 700), st.integers(1, 40), st.integers(1, 70), st.integers(0, 99))
+def test_a_product_is_that_of_torch(rows, inner, outer, seed):
+    x, weight, upstream = normal(rows, inner, seed=seed), normal(outer, inner), normal(rows, outer)
+    fast = both_ways(products.Product.apply, x, weight, upstream)
+    for a, b in zip(fast, both_ways(F.linear, x, weight, upstream), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@needs_kernels
+@given(st.lists(st.sampled_from([0, 1, 3, 31, 64, 65, 200]), min_size=1, max_size=6), st.integers(1, 20))
+def test_grouped_products_are_those_of_the_loop(sizes, inner):
+    """Uneven counts, empty experts, widths that are no multiple of 16 bytes, stretches longer than one block."""
+    ends = torch.tensor(sizes).cumsum(0)
+    rows, weights, upstream = normal(sum(sizes), inner), normal(len(sizes), 2, 5, inner), normal(sum(sizes), 10)
+    fast = both_ways(lambda r, w: products.GroupedProduct.apply(r, w, ends), rows, weights, upstream)
+    plain = both_ways(lambda r, w: grouped_matmul_loop(r, w, ends), rows, weights, upstream)
+    for a, b in zip(fast, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    for gradient, size in zip(fast[2], sizes, strict=True):
+        assert size or not gradient.any(), "an expert without rows has a gradient of exact zeros"
+
+
+@needs_kernels
+def test_more_threads_change_no_bit():
+    """Whole blocks are spread over threads, and each block is computed by one."""
+    ends = torch.tensor([0, 130, 131, 131, 300])
+    x, weight, upstream = normal(300, 48), normal(5, 200, 48), normal(300, 200)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        grouped = both_ways(lambda r, w: products.GroupedProduct.apply(r, w, ends), x, weight, upstream)
+        single = both_ways(products.Product.apply, x, weight[0], upstream)
+        results.append([*grouped, *single, orthogonalise(weight)])
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_second_backward_adds_to_the_gradient_in_place(grouped):
+    ends = torch.tensor([3, 3, 40])
+    weight = torch.nn.Parameter(normal(3, 8, 4) if grouped else normal(8, 4))
+    first, second = normal(40, 4, seed=1), normal(40, 4, seed=2)
+
+    def run(x):
+        (grouped_matmul(x, weight, ends) if grouped else products.linear(x, weight)).square().sum().backward()
+
+    alone = []
+    for x in (first, second):
+        weight.grad = None
+        run(x)
+        alone.append(weight.grad.clone())
+    weight.grad = None
+    run(first)
+    place = weight.grad.data_ptr()
+    run(second)
+    assert weight.grad.data_ptr() == place
+    torch.testing.assert_close(weight.grad, alone[0] + alone[1], rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_gradients_that_are_only_asked_for_leave_those_held_alone():
+    weight = torch.nn.Parameter(normal(8, 4))
+    products.linear(normal(20, 4), weight).sum().backward()
+    held = weight.grad.clone()
+    (asked,) = torch.autograd.grad(products.linear(normal(20, 4, seed=1), weight).sum(), weight)
+    assert torch.equal(weight.grad, held)
+    assert not torch.equal(asked, held)
+    heard = []
+    weight.register_hook(heard.append)
+    products.linear(normal(20, 4), weight).sum().backward()
+    assert len(heard) == 1, "a hook on the weight still hears its gradient"
+    torch.testing.assert_close(weight.grad, 2 * held)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(5, 16, 24), (5, 24, 16), (7, 7), (2, 3, 1, 9), (300, 20)])
+def test_orthogonalised_stacks_are_those_of_torch(shape, monkeypatch):
+    matrices = normal(*shape)
+    fast = orthogonalise(matrices)
+    monkeypatch.setattr("trinity.optim.orthogonalise.fits", lambda *_: False)
+    torch.testing.assert_close(fast, orthogonalise(matrices), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fake", [True, False])
+def test_shapes_are_traced_without_values(fake):
+    """What a dry run does: float32 tensors without memory, forward and backward."""
+    with FakeTensorMode() if fake else torch.device("meta"):
+        rows, weights = torch.empty(12, 8, requires_grad=True), torch.empty(3, 2, 4, 8, requires_grad=True)
+        out = grouped_matmul(rows, weights, torch.empty(3, dtype=torch.int64))
+        out.sum().backward()
+    assert (out.shape, rows.grad.shape, weights.grad.shape) == ((12, 8), rows.shape, weights.shape)
+
+
+PRINT = (
+    "import torch, os\nfrom trinity.kernels.products import linear\n"
+    "x = torch.arange(64.0).view(16, 4)\nprint(linear(x, x).equal(x @ x.T))\n"
+)
+
+
+def run_apart(folder: Path, **environment: str) -> subprocess.Popen:
+    variables = {**os.environ, "XDG_CACHE_HOME": str(folder), **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", PRINT], env=variables, **pipes)
+
+
+@needs_kernels
+def test_processes_that_start_together_build_once(tmp_path):
+    together = [run_apart(tmp_path) for _ in range(2)]
+    ends = [process.communicate(timeout=250) for process in together]
+    assert [out.strip() for out, _ in ends] == ["True", "True"]
+    assert "".join(error for _, error in ends).count("Compiling the CPU kernels") == 1
+    assert len(list((tmp_path / "trinity").glob("*.so"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"CXX": "/bin/false"}, "The CPU kernels are not used"),
+        ({"CXX": "/nowhere/g++"}, "The CPU kernels are not used"),
+        ({"TRINITY_KERNELS": "off"}, ""),
+    ],
+)
+def test_without_a_compiler_torch_does_the_work(tmp_path, environment, said):
+    out, error = run_apart(tmp_path, **environment).communicate(timeout=120)
+    assert out.strip() == "True"
+    assert error.count("The CPU kernels are not used") == bool(said) and "Traceback" not in error
