@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 
 from trinity.base.errors import UsageError
 from trinity.cli.main import main
+from trinity.cli.plan_figures import figures
 from trinity.config.load import override
+from trinity.config.phases import ExtensionConfig, PhaseConfig
 from trinity.plan.assumptions import Assumptions
 from trinity.plan.cost import Cost, members_in_server, roofline, run_cost
 from trinity.plan.experts import expert_load
 from trinity.plan.fit import best_fit, fit_of, smallest_cluster
 from trinity.plan.hardware import DEVICES, Cluster, parse_cluster
 from trinity.plan.layout import Layout
+from trinity.plan.stages import stages
 from trinity.plan.wire import transfers
 from trinity.recipes.table import RECIPES, recipe
 
@@ -198,6 +201,23 @@ def test_a_shorter_run_costs_in_proportion(capsys: pytest.CaptureFixture[str]):
         assert main(["plan", "large", "--cluster", "2048xB300", "--tokens", tokens, "--json"]) == 0
         days.append(json.loads(capsys.readouterr().out)["answer"]["days"])
     assert days[0] == pytest.approx(10 * days[1], rel=1e-3)
+
+
+def test_a_ramp_and_an_extension_are_stages_of_their_own():
+    """The published course: a smaller batch at first, other mixes, and an extension, which needs context ranks."""
+    early = PhaseConfig(name="early", from_tokens=0, batch_tokens=12288 * 8192)
+    usual = PhaseConfig(name="usual", from_tokens=4_900_000_000_000, batch_tokens=16384 * 8192)
+    mixed = PhaseConfig(name="mixed", from_tokens=10**13, mix="other")
+    extension = ExtensionConfig(tokens=117 * 10**9, sequence_length=262144, batch_tokens=512 * 262144)
+    run = replace(recipe("large"), phases=(early, usual, mixed), extension=extension)
+    found = stages(run)
+    assert [stage.name for stage in found] == ["early", "usual, mixed", "extension"]
+    assert sum(stage.run.horizon for stage in found) == run.horizon
+    assert sum(stage.run.steps for stage in found) == run.steps
+    plan = figures(run, ("B300", 2048), DEVICES, USUAL, {})
+    assert plan["answer"]["days"] == pytest.approx(sum(stage["days"] for stage in plan["stages"]))
+    assert plan["answer"]["days"] > cost_of("large", "2048xB300").days
+    assert plan["stages"][2]["layout"]["context"] > plan["stages"][1]["layout"]["context"] == 1
 
 
 def test_nothing_fits_says_so():

@@ -61,7 +61,7 @@ def planned(options: argparse.Namespace) -> dict[str, Any]:
     from trinity.recipes.table import recipe
 
     run = recipe(options.recipe)
-    run = override(run, [*(for_tokens(run, options.tokens) if options.tokens else []), *options.set])
+    run = override(for_tokens(run, options.tokens) if options.tokens else run, options.set)
     changes = list(options.assume)
     changes += [f"{name}={given}" for name in ("price", "efficiency") if (given := getattr(options, name)) is not None]
     devices, assumptions = assumed(list(DEVICES.values()), changes)
@@ -75,17 +75,25 @@ def planned(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def for_tokens(run: Any, text: str) -> list[str]:
-    """Settings that make a run that long; warm-up and decay keep their shares of it."""
+def for_tokens(run: Any, text: str) -> Any:
+    """The run over that many tokens: warm-up, decay and phases keep their shares; a context extension stays as long."""
+    from dataclasses import replace
+
+    from trinity.base.errors import UsageError
     from trinity.base.units import parse_count
 
     tokens, optim = parse_count(text), run.optim
+    if tokens < 1:
+        raise UsageError("A run of no tokens costs nothing.", "Write a number such as 2T.")
     share = tokens / run.train.tokens
-    return [
-        f"train.tokens={tokens}",
-        f"optim.warmup_tokens={int(share * optim.warmup_tokens)}",
-        f"optim.decay_tokens={int(share * optim.decay_tokens)}",
-    ]
+    return replace(
+        run,
+        train=replace(run.train, tokens=tokens),
+        optim=replace(
+            optim, warmup_tokens=int(share * optim.warmup_tokens), decay_tokens=int(share * optim.decay_tokens)
+        ),
+        phases=tuple(replace(phase, from_tokens=int(share * phase.from_tokens)) for phase in run.phases),
+    )
 
 
 def assumed(devices: list[Any], changes: list[str]) -> tuple[dict[str, Any], Any]:

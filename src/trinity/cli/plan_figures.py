@@ -4,7 +4,7 @@ Units are in the names or are tokens, parameters, bytes, seconds and dollars.
 """
 
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from trinity.base.errors import UsageError
 from trinity.config.run import RunConfig
@@ -18,10 +18,12 @@ from trinity.plan.hardware import Cluster, Device
 from trinity.plan.memory import kv_bytes, training_state_bytes
 from trinity.plan.params import count_parameters
 from trinity.plan.peers import Peer
+from trinity.plan.stages import Stage, stages
 from trinity.plan.wire import transfers
 
 LENGTHS = (1024, 8192, 32768, 131072, 524288)
 COMPARED_AT, DECODED_AT, BATCHES = (8192, 131072, 524288), 8192, (1, 256)
+SUMMED = ("days", "dollars", "megawatt_hours", "device_hours", "steps")
 _LONGEST_DAYS, _SHORT_DAYS = 45, 1
 
 
@@ -34,34 +36,51 @@ def figures(
 ) -> dict[str, Any]:
     """The plan of a run on the cluster asked for (kind, size), or on one chosen by the time it would take."""
     cluster = Cluster(device=devices[asked[0]], size=asked[1]) if asked else chosen_cluster(run, devices, assumptions)
-    fit = best_fit(run, cluster, assumptions, fixed)
-    cost = run_cost(run, fit.layout, cluster, fit.memory, assumptions)
-    load = expert_load(run, fit.layout, cluster.device)
+    planned = [_planned(stage, cluster, assumptions, fixed) for stage in stages(run)]
+    main = max(planned, key=lambda each: each.cost.days)
+    fit, cost, load = main.fit, main.cost, expert_load(main.stage.run, main.fit.layout, cluster.device)
     return {
         "recipe": run.name,
         "cluster": {"name": str(cluster), "devices": cluster.size, "kind": cluster.device.name, "asked": bool(asked)},
-        "answer": _answer(run, cluster, fit, cost),
-        "layout": fit.layout._asdict() | {"microbatches": fit.layout.microbatches(run), "tried": fit.tried},
+        "answer": _answer(run, cluster, planned, main),
+        "stages": [_stage(each) for each in planned],
+        "layout": fit.layout._asdict() | {"microbatches": fit.layout.microbatches(main.stage.run), "tried": fit.tried},
         "memory": _memory(fit, cluster, assumptions),
-        "wire": _wire(run, fit, cluster),
+        "wire": _wire(main.stage.run, fit, cluster),
         "roofline": cost.roofline._asdict() | {"seconds": cost.roofline.seconds},
-        "stops": {"save_seconds": cost.save_seconds, "save_share": cost.save_share, "failures": cost.failures,
+        "stops": {"save_seconds": cost.save_seconds, "save_share": cost.save_share,
+                  "failures": sum(each.cost.failures for each in planned),
                   "failure_share": cost.failure_share, "training_share": cost.training_share},
         "experts": load._asdict(),
-        "other_devices": _others(run, cluster, devices, assumptions, fixed),
+        "other_devices": _others(main, planned, cluster, devices, assumptions, fixed),
         **_sizes(run),
         "assumptions": _assumptions(cluster.device, assumptions),
     }  # fmt: skip
 
 
+class Planned(NamedTuple):
+    stage: Stage
+    fit: Fit
+    cost: Cost
+
+
+def _planned(stage: Stage, cluster: Cluster, assumptions: Assumptions, fixed: dict[str, object]) -> Planned:
+    fit = best_fit(stage.run, cluster, assumptions, fixed)
+    return Planned(stage, fit, run_cost(stage.run, fit.layout, cluster, fit.memory, assumptions))
+
+
 def chosen_cluster(run: RunConfig, devices: dict[str, Device], assumptions: Assumptions) -> Cluster:
     """One CPU machine for a run of a day, else the smallest power of two of B300 that holds the run and is quick."""
-    flops = run.horizon * model_flops(run.model, run.data.sequence_length)
+    flops = sum(_flops(stage.run) for stage in stages(run))
+    main = max(stages(run), key=lambda stage: stage.run.horizon).run
     cpu, gpu = devices["CPU"], devices["B300"]
     alone = Cluster(device=cpu, size=1)
-    if flops / (cpu.float32 * cpu.efficiency) <= _SHORT_DAYS * DAY and smallest_cluster(run, cpu, assumptions, {}) == 1:
+    if (
+        flops / (cpu.float32 * cpu.efficiency) <= _SHORT_DAYS * DAY
+        and smallest_cluster(main, cpu, assumptions, {}) == 1
+    ):
         return alone
-    size = smallest_cluster(run, gpu, assumptions, {})
+    size = smallest_cluster(main, gpu, assumptions, {})
     if size is None:
         raise UsageError(f"{run.name} fits no number of B300.", "Use fewer layers or experts, or shorter rows.")
     while flops / (size * gpu.bfloat16 * gpu.efficiency) > _LONGEST_DAYS * DAY and size < run.train.batch_tokens:
@@ -69,21 +88,33 @@ def chosen_cluster(run: RunConfig, devices: dict[str, Device], assumptions: Assu
     return Cluster(device=gpu, size=size)
 
 
-def _answer(run: RunConfig, cluster: Cluster, fit: Fit, cost: Cost) -> dict[str, Any]:
-    flops = model_flops(run.model, run.data.sequence_length)
-    busy = cluster.size * cluster.device.peak(fit.layout.precision) * cost.step_seconds
-    return {
-        "days": cost.days,
-        "dollars": cost.dollars,
-        "megawatt_hours": cost.megawatt_hours,
-        "device_hours": cost.device_hours,
-        "steps": cost.steps,
+def _flops(run: RunConfig) -> float:
+    """Model FLOPs of a whole stage."""
+    return run.horizon * model_flops(run.model, run.data.sequence_length)
+
+
+def _answer(run: RunConfig, cluster: Cluster, planned: list[Planned], main: Planned) -> dict[str, Any]:
+    """Sums over the stages; speed and efficiency are those of the main stage while it steps."""
+    part, cost = main.stage.run, main.cost
+    busy = cluster.size * cluster.device.peak(main.fit.layout.precision) * cost.step_seconds
+    sums = {name: sum(getattr(each.cost, name) for each in planned) for name in SUMMED}
+    return sums | {
         "step_seconds": cost.step_seconds,
-        "tokens_per_second": run.train.batch_tokens / cost.step_seconds,
-        "efficiency": run.train.batch_tokens * flops / busy,
+        "batch_tokens": part.train.batch_tokens,
+        "tokens_per_second": part.train.batch_tokens / cost.step_seconds,
+        "efficiency": part.train.batch_tokens * model_flops(run.model, part.data.sequence_length) / busy,
         "bound_by_roofline": cost.roofline.seconds >= cost.step_seconds,
-        "model_flops": run.horizon * flops,
+        "model_flops": sum(_flops(each.stage.run) for each in planned),
     }
+
+
+def _stage(each: Planned) -> dict[str, Any]:
+    run = each.stage.run
+    return {
+        "name": each.stage.name, "tokens": run.horizon, "batch_tokens": run.train.batch_tokens,
+        "sequence_length": run.data.sequence_length, "layout": each.fit.layout._asdict(), "days": each.cost.days,
+        "dollars": each.cost.dollars,
+    }  # fmt: skip
 
 
 def _memory(fit: Fit, cluster: Cluster, assumptions: Assumptions) -> dict[str, Any]:
@@ -113,25 +144,33 @@ def _wire(run: RunConfig, fit: Fit, cluster: Cluster) -> list[dict[str, Any]]:
 
 
 def _others(
-    run: RunConfig, cluster: Cluster, devices: dict[str, Device], assumptions: Assumptions, fixed: dict[str, object]
+    main: Planned,
+    planned: list[Planned],
+    cluster: Cluster,
+    devices: dict[str, Device],
+    assumptions: Assumptions,
+    fixed: dict[str, object],
 ) -> list[dict[str, Any]]:
-    """The same run on as many devices of each kind, and the smallest cluster of the kind that holds it."""
-    rows = []
+    """The same run on as many devices of each kind, and the smallest cluster of the kind that holds it.
+
+    The main stage is planned on each; other stages are taken to keep their proportion.
+    """
+    rows, run = [], main.stage.run
+    whole = sum(each.cost.days for each in planned) / main.cost.days
     for device in devices.values():
         if device.is_cpu != cluster.device.is_cpu and cluster.size > 1:
             continue
         row: dict[str, Any] = {"kind": device.name, "smallest": smallest_cluster(run, device, assumptions, fixed)}
-        if row["smallest"] and row["smallest"] <= cluster.size:
-            other = Cluster(device=device, size=cluster.size)
-            try:
-                fit = best_fit(run, other, assumptions, fixed)
-            except UsageError:  # it fits fewer devices than it divides
-                rows.append(row)
-                continue
-            cost = run_cost(run, fit.layout, other, fit.memory, assumptions)
-            row |= {"days": cost.days, "dollars": cost.dollars, "megawatt_hours": cost.megawatt_hours}
-            row |= {"roofline_days": cost.steps * cost.roofline.seconds / DAY}
         rows.append(row)
+        if not row["smallest"] or row["smallest"] > cluster.size:
+            continue
+        other = Cluster(device=device, size=cluster.size)
+        try:
+            found = _planned(main.stage, other, assumptions, fixed)
+        except UsageError:  # it fits fewer devices than it divides
+            continue
+        row |= {name: whole * getattr(found.cost, name) for name in ("days", "dollars", "megawatt_hours")}
+        row |= {"roofline_days": whole * found.cost.steps * found.cost.roofline.seconds / DAY}
     return rows
 
 
@@ -145,7 +184,7 @@ def _sizes(run: RunConfig) -> dict[str, Any]:
     return {
         "parameters": {"total": count.total, "active": count.active,
                        "active_without_embedding_and_head": count.active_without_embedding, "parts": parts},
-        "training": {"tokens": run.train.tokens, "batch_tokens": run.train.batch_tokens, "steps": run.steps,
+        "training": {"tokens": run.horizon, "batch_tokens": run.train.batch_tokens, "steps": run.steps,
                      "sequence_length": run.data.sequence_length,
                      "state_bytes_float32": training_state_bytes(model)},
         "flops_per_token": {

@@ -55,7 +55,6 @@ def drawings(found: dict[str, Any]) -> list[Bars]:
             {"expected": [row["days"] for row in others.values()],
              "roofline": [row["roofline_days"] for row in others.values()]},
             "days",
-            log=True,
         ),
     ]  # fmt: skip
     if compared := found.get("compare"):
@@ -67,7 +66,6 @@ def drawings(found: dict[str, Any]) -> list[Bars]:
                 [row["name"] for row in compared],
                 {f"batch {n}": [row["decode"][kind][n]["per_device"] for row in compared] for n in batches},
                 "tokens/s a device",
-                log=True,
             )
         )
     return [bars for bars in made if bars.names]

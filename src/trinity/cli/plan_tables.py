@@ -41,6 +41,7 @@ def show_energy(megawatt_hours: float) -> str:
 def tables(found: dict[str, Any]) -> list[Table]:
     """All tables of a plan in the order of reading; those without rows are left out."""
     made = [
+        stage_table(found),
         step_table(found),
         memory_table(found),
         wire_table(found),
@@ -50,6 +51,18 @@ def tables(found: dict[str, Any]) -> list[Table]:
         *comparison_tables(found),
     ]
     return [table for table in made if table.rows]
+
+
+def stage_table(found: dict[str, Any]) -> Table:
+    """Where batch or row length change; nothing for a run of one stage."""
+    rows = [
+        [stage["name"], show_count(stage["tokens"]), f"{stage['sequence_length']:,}", show_count(stage["batch_tokens"]),
+         " x ".join(str(stage["layout"][name]) for name in ("replicate", "shard", "context")),
+         str(stage["layout"]["expert"]), show_days(stage["days"]), show_money(stage["dollars"])]
+        for stage in found["stages"]
+    ]  # fmt: skip
+    header = ["stage", "tokens", "row", "step", "replicate x shard x context", "expert", "time", "money"]
+    return Table(header=header, rows=rows if len(rows) > 1 else [])
 
 
 def step_table(found: dict[str, Any]) -> Table:

@@ -45,7 +45,7 @@ def answer(found: dict[str, Any]) -> list[str]:
         f"expert {layout['expert']}, {layout['microbatches']} microbatches of {layout['microbatch_rows']} rows, "
         f"remat {layout['remat']}, {layout['precision']}",
         f"  speed          {show_count(told['tokens_per_second'])} tokens/s, {show_seconds(told['step_seconds'])} a "
-        f"step, {told['steps']:,} steps of {show_count(training['batch_tokens'])} tokens",
+        f"step, {told['steps']:,} steps of {show_count(told['batch_tokens'])} tokens",
     ]
 
 

@@ -49,7 +49,8 @@ def transfers(run: RunConfig, layout: Layout) -> list[Transfer]:
         *_muon(run, layout),
         Transfer("routing counts", "all-reduce", "world", layout.size,
                  8 * run.model.num_sparse_layers * run.model.num_experts, 1),
-        Transfer("gradient norm", "all-reduce", "fsdp", layout.fsdp, 4, 1),
+        Transfer("figures of the step", "all-reduce", "world", layout.size, 24 + 16 * microbatches * layout.data, 3),
+        Transfer("gradient norm", "all-reduce", "fsdp", layout.fsdp, 8, 1),
     ]  # fmt: skip
     return [transfer for transfer in found if transfer.processes > 1 and transfer.payload]
 
@@ -109,7 +110,10 @@ def _context(run: RunConfig, layout: Layout, microbatches: int) -> list[Transfer
     whole = microbatches * passes * num_global
     halo = layout.microbatch_rows * far * 2 * key * size
     exchanged = layout.tokens(run) * 2 * (query + spread) * size
+    counted = microbatches * model.num_sparse_layers * bool(run.balance.sequence_loss)
+    counts = 8 * layout.microbatch_rows * model.num_experts
     return [
+        Transfer("counts of the balance loss", "all-reduce", "context", ranks, counted * counts, counted),
         Transfer("keys of the window", "halo", "context", ranks, local * halo, local),
         Transfer("heads for positions", "all-to-all", "context", ranks, whole * exchanged, 4 * whole),
     ]

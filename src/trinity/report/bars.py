@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trinity.base.durable import write_durably
+from trinity.base.units import show_count
 from trinity.report.plots import SERIES, STYLE, canvas, svg_of
 
 _PRINTED = ["#1f6f78", "#c8743b", "#8a8f98", "#7b5ea7", "#4f8f4a", "#b8475d"]  # the page's colours on light paper
@@ -23,7 +24,6 @@ class Bars(NamedTuple):
     names: Sequence[str]
     series: dict[str, Sequence[float]]
     unit: str
-    log: bool = False
 
     @property
     def height(self) -> float:
@@ -62,13 +62,11 @@ def draw_bars(axes: Axes, bars: Bars, colours: Sequence[str]) -> None:
     for number, (label, values) in enumerate(bars.series.items()):
         places = [row + (number - (len(bars.series) - 1) / 2) * share for row in range(len(bars.names))]
         drawn = axes.barh(places, values, height=0.92 * share, color=colours[number % len(colours)], label=label)
-        axes.bar_label(drawn, fmt="{:.3g}", padding=3, fontsize=9)
+        axes.bar_label(drawn, labels=[show_count(float(value)) for value in values], padding=3, fontsize=9)
     axes.set_yticks(range(len(bars.names)), bars.names)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    if bars.log:
-        axes.set_xscale("log")
     axes.margins(x=0.16)
     axes.set_xlabel(bars.unit)
     if len(bars.series) > 1:
-        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(bars.series))
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(bars.series), borderpad=0)
