@@ -17,7 +17,7 @@ from worlds import free_port, in_processes
 
 from trinity.parallel.mesh import World
 
-FIGURE, GRADIENT, WEIGHT = 2e-5, 2e-5, 2e-4  # relative; the last after three steps of Muon, which amplifies rounding
+FIGURE, ABSOLUTE, GRADIENT, WEIGHT = 1e-5, 2e-6, 5e-6, 1e-5  # relative, nats, relative, relative after three steps
 
 LAYOUTS = {
     2: {
@@ -80,7 +80,7 @@ def test_a_layout_learns_what_one_process_learns(case, alone, spread):
     found = spread[case]
     for step in range(STEPS):
         assert torch.equal(found["counts"][step], alone["counts"][step]), f"counts of step {step + 1}"
-        assert found["measured"][step] == pytest.approx(alone["measured"][step], rel=FIGURE)
+        assert found["measured"][step] == pytest.approx(alone["measured"][step], rel=FIGURE, abs=ABSOLUTE)
     gradients = {name: difference(g, alone["gradients"][name]) for name, g in found["gradients"].items()}
     weights = {name: difference(w, alone["weights"][name]) for name, w in found["weights"].items()}
     worst = max(gradients, key=gradients.__getitem__), max(weights, key=weights.__getitem__)
