@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from trinity.kernels import compiled, products
+from trinity.kernels.attention import StretchAttention
+from trinity.model.attend import Packed, scaled_dot_product, visible
 from trinity.model.experts import grouped_matmul, grouped_matmul_loop
 from trinity.optim.orthogonalise import orthogonalise
 
@@ -59,12 +61,15 @@ def test_more_threads_change_no_bit():
     """Whole blocks are spread over threads, and each block is computed by one."""
     ends = torch.tensor([0, 130, 131, 131, 300])
     x, weight, upstream = normal(300, 48), normal(5, 200, 48), normal(300, 200)
+    seen = torch.arange(300).expand(1, -1) // 70 * 70
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         grouped = both_ways(lambda r, w: products.GroupedProduct.apply(r, w, ends), x, weight, upstream)
         single = both_ways(products.Product.apply, x, weight[0], upstream)
-        results.append([*grouped, *single, orthogonalise(weight)])
+        query, key = x.view(1, 6, 300, 8), x[:, :16].reshape(1, 2, 300, 8)
+        attended = both_ways(lambda q, k: StretchAttention.apply(q, k, k.detach(), seen), query, key, query)
+        results.append([*grouped, *single, *attended, orthogonalise(weight)])
     torch.set_num_threads(1)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -106,6 +111,32 @@ def test_gradients_that_are_only_asked_for_leave_those_held_alone():
     products.linear(normal(20, 4), weight).sum().backward()
     assert len(heard) == 1, "a hook on the weight still hears its gradient"
     torch.testing.assert_close(weight.grad, 2 * held)
+
+
+@needs_kernels
+@given(st.lists(st.integers(1, 150), min_size=1, max_size=4), st.sampled_from([1, 3, 64, 70, None]), st.integers(1, 9))
+def test_attention_and_its_gradients_are_those_of_the_plain_mask(lengths, window, size):
+    """Documents that begin and end inside tiles, windows shorter and longer than a tile, shared key heads."""
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
+    total = sum(lengths)
+    packed, plain = Packed(documents), Packed(documents)
+    plain._starts = None
+    results = []
+    for attend in (packed, plain):
+        q, k, v = (normal(2, heads, total, size, seed=heads).requires_grad_() for heads in (6, 3, 3))
+        out = attend(0, q, k, v, window)
+        out.backward(normal(*out.shape))
+        results.append((out.detach(), q.grad, k.grad, v.grad))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+
+
+def test_a_document_that_comes_back_is_one_document():
+    """Stretches cannot say that; the mask can."""
+    attend = Packed(torch.tensor([[0, 1, 0, 2]]))
+    q, k, v = normal(1, 2, 4, 8), normal(1, 2, 4, 8, seed=1), normal(1, 2, 4, 8, seed=2)
+    expected = scaled_dot_product(q, k, v, mask=visible(4, None, attend.document_ids, q.device))
+    torch.testing.assert_close(attend(0, q, k, v, None), expected)
 
 
 @needs_kernels

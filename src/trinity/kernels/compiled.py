@@ -24,12 +24,15 @@ _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = ["-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-fopenmp"]
 _FLAGS += ["-DAT_PARALLEL_OPENMP=1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
 
-# Declared here, so that shapes can be traced (on meta tensors) where nothing is compiled. All write into `out`.
+# Declared here, so that shapes trace on meta tensors where nothing is compiled. All write into what they are given.
 _OPERATORS = torch.library.Library("trinity", "DEF")
 for _schema in (
     "matmul(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()",
     "grouped_rows(Tensor rows, Tensor weights, Tensor ends, Tensor(a!) out, bool transposed) -> ()",
     "grouped_weights(Tensor grads, Tensor rows, Tensor ends, Tensor(a!) out, bool add) -> ()",
+    "attend(Tensor q, Tensor k, Tensor v, Tensor first, float scale, Tensor(a!) out, Tensor(b!) sums) -> ()",
+    "attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor first, float scale, Tensor out, Tensor sums,"
+    " Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()",
     "orthogonalise(Tensor(a!) stack, int steps, float a, float b, float c) -> ()",
 ):
     _OPERATORS.define(_schema)

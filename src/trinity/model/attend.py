@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trinity.kernels.attention import StretchAttention
+from trinity.kernels.compiled import fits
+
 
 class Attend(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor: ...
@@ -23,6 +26,8 @@ class Causal:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         length = q.shape[2]
+        if length == k.shape[2] > 1 and fits(q, k, v):
+            return StretchAttention.apply(q, k, v, first_seen(q.new_zeros(len(q), length, dtype=torch.int64), window))
         if window is None or window >= length:
             return scaled_dot_product(q, k, v, causal=True)
         if length >= 2 * window:
@@ -39,14 +44,36 @@ class Packed:
     def __init__(self, document_ids: Tensor) -> None:
         self.document_ids = document_ids
         self._masks: dict[int | None, Tensor] = {}
+        self._starts = document_starts(document_ids) if document_ids.device.type == "cpu" else None
+        self._first: dict[int | None, Tensor] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         length = q.shape[2]
+        if self._starts is not None and fits(q, k, v):
+            if window not in self._first:
+                self._first[window] = first_seen(self._starts, window)
+            return StretchAttention.apply(q, k, v, self._first[window])
         if window is not None and length >= 2 * window:
             return windowed(q, k, v, window, self.document_ids, self._masks)
         if window not in self._masks:
             self._masks[window] = additive(visible(length, window, self.document_ids, q.device), q.dtype)
         return scaled_dot_product(q, k, v, mask=self._masks[window])
+
+
+def document_starts(document_ids: Tensor) -> Tensor | None:
+    """Where the document of each position begins, [B, T] int64; None if one comes back after another within a row."""
+    changes = F.pad((document_ids[:, 1:] != document_ids[:, :-1]).long(), (1, 0))
+    ordered = document_ids.sort(-1).values
+    if not torch.equal(changes.sum(-1), (ordered[:, 1:] != ordered[:, :-1]).sum(-1)):
+        return None
+    return (changes * torch.arange(document_ids.shape[1])).cummax(-1).values
+
+
+def first_seen(starts: Tensor, window: int | None) -> Tensor:
+    """The first key each position sees: [B, T] int64."""
+    if window is None:
+        return starts
+    return torch.maximum(starts, torch.arange(starts.shape[1]) - (window - 1))
 
 
 def visible(length: int, window: int | None, document_ids: Tensor | None, device: torch.device) -> Tensor:
