@@ -15,7 +15,7 @@ CEILINGS = {
     "balance": 280,
     "base": 550,
     "ckpt": 1300,
-    "cli": 2300,
+    "cli": 2600,
     "config": 900,
     "data": 3200,
     "engine": 850,
