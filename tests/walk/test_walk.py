@@ -187,7 +187,7 @@ def test_13_a_checkpoint(walk: Walk):
     run = HERE / "run"
     assert names["first"]["loss"] == names["measured"].loss, "the step made by hand was the run's first, to the bit"
     checkpoints = {path.name for path in (run / "checkpoints").iterdir()}
-    assert checkpoints == {"latest", "pre-anneal", "step-00000024", "step-00000032"}
+    assert checkpoints == {"latest", "pre-anneal", "base", "step-00000024", "step-00000032"}
     assert newest_good(run, pytest.fail) == run / "checkpoints" / "step-00000032"
     state = names["checkpoint"].state
     assert (state["step"], state["tokens"], state["data_fingerprint"]) == (32, 32768, names["corpus"].fingerprint)
