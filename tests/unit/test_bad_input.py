@@ -86,7 +86,7 @@ def training(data: Path, run: Path, *more: str) -> list[str]:
     [
         ("trian debug", 2, "unknown command 'trian'. Did you mean 'train'?"),
         ("train", 2, "required: RECIPE"),
-        ("train debug", 2, "required: --out"),
+        ("train debug", 2, "--out --write-recipe is required"),
         ("train debug --out r --frobnicate", 2, "--frobnicate"),
         ("train debgu --out r", 2, "Unknown recipe 'debgu'. Did you mean 'debug'?"),
         ("train xyzzy --out r", 2, "Known: debug, demo"),

@@ -18,7 +18,7 @@ FIXED = ("replicate", "shard", "context", "expert", "remat", "precision")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="debug, demo, lab256, nano, mini or large")
+    parser.add_argument("recipe", metavar="RECIPE", help="debug, demo, lab256, nano, mini, large or a .toml file")
     parser.add_argument("--cluster", metavar="NxKIND", help="such as 2048xB300, 8xH100, 1xCPU")
     parser.add_argument("--tokens", metavar="N", help="tokens to train on, such as 17T (default: the recipe's)")
     parser.add_argument("--price", metavar="DOLLARS", help="dollars for a device and hour")

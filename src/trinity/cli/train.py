@@ -4,11 +4,11 @@ Example:
   trinity train debug --out runs/debug
   trinity train demo --data tokens/ --out runs/demo --set train.tokens=2M --set optim.muon_lr=0.01
   trinity train demo --out runs/demo --set train.alarm_command='mail -s alarm me@example.org' --test-alarm
+  trinity train docs/guides/life.toml --out runs/life
   torchrun --nproc-per-node 8 -m trinity.cli.main train nano --data mix/ --out runs/nano --set parallel.expert=8
 
 Recipe debug without --data reads a small corpus made from this Python's standard library. The same command again
-resumes. What
-decides no step's arithmetic (the guard, the cadence of saving and evaluating) may be set anew on resume.
+resumes. What decides no step's arithmetic (the guard, the cadence of saving and evaluating) may be set anew on resume.
 """
 
 import argparse
@@ -18,8 +18,15 @@ from typing import Any
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="debug, demo, lab256, nano, mini or large")
-    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="run folder, made or resumed")
+    parser.add_argument("recipe", metavar="RECIPE", help="debug, demo, lab256, nano, mini, large or a .toml file")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--out", type=Path, metavar="RUN", help="run folder, made or resumed")
+    goal.add_argument(
+        "--write-recipe",
+        type=Path,
+        metavar="FILE.toml",
+        help="train nothing; write the recipe down, setting by setting",
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="token folder or mix (trinity data tokenize, mix)")
     parser.add_argument(
         "--set",
@@ -42,6 +49,9 @@ def train_recipe(options: argparse.Namespace) -> None:
     from trinity.recipes.table import recipe
 
     config = override(recipe(options.recipe), options.settings)
+    if options.write_recipe:
+        write_down(config, options.write_recipe)
+        return
     if options.out.is_file():
         raise UsageError(f"{options.out} is a file.", "Name a folder with --out.")
     if options.test_alarm:
@@ -64,6 +74,16 @@ def train_recipe(options: argparse.Namespace) -> None:
         return
     print(f"Trained {options.out} to step {state.step}, {state.tokens:,} tokens.")
     print(f"Next: trinity generate {options.out} --prompt 'def '   |   trinity report {options.out} --out page.html")
+
+
+def write_down(config: Any, path: Path) -> None:
+    from trinity.base.errors import UsageError
+    from trinity.recipes.file import write_recipe
+
+    if path.suffix != ".toml":
+        raise UsageError(f"{path} is no name of a recipe file.", "Let it end in .toml.")
+    write_recipe(config, path)
+    print(f"Wrote {path}. Train it: trinity train {path} --out RUN")
 
 
 def _given_or_embedded(options: argparse.Namespace, config: Any, world: Any) -> Path:
