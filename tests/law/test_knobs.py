@@ -17,8 +17,7 @@ SRC = Path(__file__).parents[2] / "src" / "trinity"
 
 # Fields that nothing reads by name, each with the reason why that is right.
 DECLARED: dict[str, str] = {
-    "RunConfig.phases": "config/run.py lays them out as RunConfig.course",
-    "PhaseConfig.from_tokens": "config/phases.py turns it into Phase.begin, which the loop walks",
+    "PhaseConfig.keep": "config/run.py names the checkpoint in RunConfig.named_checkpoints",
     "PhaseConfig.mix": "config/phases.py numbers them, and the loader opens RunConfig.mixes",
     "ExtensionConfig.mix": "config/phases.py numbers them, and the loader opens RunConfig.mixes",
 }

@@ -17,7 +17,6 @@ from trinity.ckpt.folder import (
     LATEST,
     MODEL,
     OPTIMIZER,
-    PRE_ANNEAL,
     STATE,
     Staged,
     newest_good,
@@ -30,6 +29,7 @@ from trinity.ckpt.folder import (
 )
 from trinity.ckpt.shards import Piece
 from trinity.config.load import override, to_dict
+from trinity.config.phases import PRE_ANNEAL
 from trinity.model.init import build_model
 from trinity.recipes.table import recipe
 

@@ -24,7 +24,7 @@ def runs(draw) -> RunConfig:
     batches = st.sampled_from([0, STEP, 2 * STEP, 6 * STEP])
     mixes = st.sampled_from(["", "a", "b"])
     phases = tuple(
-        PhaseConfig(name=f"p{start}", from_tokens=start, batch_tokens=draw(batches), mix=draw(mixes))
+        PhaseConfig(name=f"p{start}", from_tokens=start, batch_tokens=draw(batches) if start else 0, mix=draw(mixes))
         for start in starts
     )
     extension = ExtensionConfig(
@@ -115,6 +115,39 @@ def test_what_a_run_keeps_for_good(decay: int, extended: int, names: dict[str, i
     extension = ExtensionConfig(tokens=extended, sequence_length=256, batch_tokens=1024)
     run = replace(DEBUG, optim=OptimConfig(decay_tokens=decay), extension=extension)
     assert run.named_checkpoints == names
+
+
+def test_a_phase_keeps_a_checkpoint_where_it_begins():
+    phases = (PhaseConfig(name="late", from_tokens=20_000, keep="before-late"),)
+    assert replace(DEBUG, phases=phases).named_checkpoints == {"before-late": 20480, "pre-anneal": 49152, "base": 65536}
+
+
+@given(runs())
+def test_a_phase_taken_alone_costs_its_steps(run: RunConfig):
+    for phase in run.course:
+        alone = run.during(phase)
+        (whole,) = alone.course
+        assert (whole.steps, alone.horizon) == (phase.steps, phase.end - phase.begin)
+        assert whole[3:6] == phase[3:6]
+
+
+def test_the_published_runs_are_laid_out_as_published():
+    """Facts of the report: Large takes 12,288 and from 4.9T tokens 16,384 sequences, 17T tokens in about 139k steps."""
+    large = recipe("large")
+    assert [phase.rows for phase in large.course] == [12288, 16384, 16384, 16384, 512]
+    assert [round(phase.begin / 1e12, 1) for phase in large.course] == [0, 4.9, 10, 14, 17]
+    assert sum(phase.steps for phase in large.course[:-1]) == pytest.approx(139_000, rel=2e-3)
+    assert factor_at(14e12, large) == 1 and factor_at(large.base_end, large) == pytest.approx(0.1)
+    assert factor_at(large.horizon, large) == pytest.approx(0.05)
+    assert list(large.named_checkpoints) == ["phase-1", "pre-anneal", "base", "context-extended"]
+    assert large.named_checkpoints["phase-1"] == pytest.approx(10e12, rel=1e-4)
+    for name, longest in (("nano", 262144), ("mini", 131072)):
+        run = recipe(name)
+        assert [phase.rows for phase in run.course[:-1]] == [4096, 8192, 8192, 8192]
+        assert run.named_checkpoints["pre-anneal"] == pytest.approx(8.8e12, rel=1e-4), "as their cards say"
+        assert run.course[-1].sequence_length == longest
+        assert max(factor_at(run.base_end + part * 12e9, run) for part in (0.05, 0.1, 0.5)) <= 0.1 + 1e-9
+        assert factor_at(run.horizon, run) == factor_at(run.base_end, run) == 0
 
 
 def test_steps_that_processes_cannot_share_are_refused():

@@ -167,7 +167,7 @@ def test_the_answer_comes_first(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", "large", "--cluster", "2048xb300", "--tokens", "17T", "--price", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "large on 2048xB300, 17T tokens"
-    assert "days" in lines[2] and "$6.4" in lines[2]
+    assert "days" in lines[2] and "$6.5" in lines[2]
     assert "fits" in lines[3] and "layout" in lines[4]
 
 
@@ -178,14 +178,14 @@ def test_the_answer_comes_first(capsys: pytest.CaptureFixture[str]):
         (["large", "--cluster", "B300"], "is not a cluster"),
         (["large", "--cluster", "0xB300"], "Write a number from 1"),
         (["large", "--cluster", "8xH100"], "The smallest that holds it is 128xH100"),
-        (["large", "--cluster", "1000xB300"], "No layout divides 1000 devices, 16384 rows a step, 256 experts"),
+        (["large", "--cluster", "1000xB300"], "No layout divides 1000 devices, 12288 rows a step, 256 experts"),
         (["large", "--cluster", "64xB300", "--set", "parallel.expert=3"], "with expert 3"),
         (["large", "--efficiency", "2"], "device.efficiency is 2.0"),
         (["large", "--price", "cheap"], "'price' must be float"),
         (["large", "--assume", "priice=3"], "Did you mean 'price'?"),
         (["large", "--assume", "usable_memory=0"], "assume.usable_memory is 0"),
         (["large", "--tokens", "many"], "is not a count"),
-        (["large", "--set", "train.tokens=1T"], "do not fit a run"),
+        (["large", "--set", "train.tokens=1T"], "which the run of 1,000,000,000,000 never reaches"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]):

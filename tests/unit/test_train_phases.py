@@ -167,12 +167,17 @@ def test_every_knob_of_the_extension_is_alive(life, data, unbroken, tmp_path, kn
     assert log_of(tmp_path / "run") != log_of(unbroken[1])
 
 
-@pytest.mark.parametrize("knob", ["from_tokens", "mix", "batch_tokens", "name"])
+@pytest.mark.parametrize("knob", ["from_tokens", "mix", "batch_tokens", "name", "keep"])
 def test_every_knob_of_a_phase_is_alive(life, data, unbroken, tmp_path, knob):
-    flip = {"from_tokens": 5200, "mix": str(data["long"]), "batch_tokens": 512, "name": "other"}[knob]
+    flip = {"from_tokens": 5200, "mix": str(data["long"]), "batch_tokens": 512, "name": "other", "keep": "before-code"}[
+        knob
+    ]
     flipped = replace(life, phases=(life.phases[0], replace(life.phases[1], **{knob: flip})))
     live(override(flipped, ["train.save_every_tokens=0"]), data, tmp_path / "run")
-    assert log_of(tmp_path / "run") != log_of(unbroken[1])
+    if knob == "keep":
+        assert state_of(tmp_path / "run", "before-code")["tokens"] == 4096
+    else:
+        assert log_of(tmp_path / "run") != log_of(unbroken[1])
 
 
 def test_a_missing_or_foreign_folder_of_a_late_phase_is_refused_before_the_first_step(life, data, tmp_path):

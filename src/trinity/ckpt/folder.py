@@ -42,7 +42,6 @@ from trinity.config.model import ModelConfig
 from trinity.model.init import build_on_meta
 
 MODEL, OPTIMIZER, STATE, LATEST = "model", "optimizer", "state.json", "latest"
-PRE_ANNEAL = "pre-anneal"
 
 
 class Checkpoint(NamedTuple):

@@ -82,7 +82,7 @@ def for_tokens(run: Any, text: str) -> Any:
     from trinity.base.errors import UsageError
     from trinity.base.units import parse_count
 
-    tokens, optim = parse_count(text), run.optim
+    tokens, optim, extension = parse_count(text), run.optim, run.extension
     if tokens < 1:
         raise UsageError("A run of no tokens costs nothing.", "Write a number such as 2T.")
     share = tokens / run.train.tokens
@@ -91,6 +91,11 @@ def for_tokens(run: Any, text: str) -> Any:
         train=replace(run.train, tokens=tokens),
         optim=replace(
             optim, warmup_tokens=int(share * optim.warmup_tokens), decay_tokens=int(share * optim.decay_tokens)
+        ),
+        extension=replace(
+            extension,
+            tokens=int(share * extension.tokens),
+            warmup_tokens=int(share * extension.warmup_tokens),
         ),
         phases=tuple(replace(phase, from_tokens=int(share * phase.from_tokens)) for phase in run.phases),
     )

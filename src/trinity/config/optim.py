@@ -25,9 +25,13 @@ class OptimConfig(Settings):
         "decoupled weight decay of embedding, head and router, times the learning rate", 0.0, low=0
     )
     warmup_tokens: int = knob("tokens over which the learning rate rises linearly from zero", 0, low=0)
-    decay_tokens: int = knob("tokens at the end of the run over which the learning rate falls", 0, low=0)
+    decay_tokens: int = knob(
+        "tokens at the end of train.tokens over which the learning rate falls: the anneal", 0, low=0
+    )
     decay: Literal["linear", "cosine"] = knob("shape of the fall", "linear")
-    final_lr_fraction: float = knob("learning rate at the end, as a fraction of the peak", 0.0, low=0, high=1)
+    final_lr_fraction: float = knob(
+        "learning rate at the end of the anneal, as a fraction of the peak", 0.0, low=0, high=1
+    )
     clip_norm: float = knob("largest global gradient norm; 0 switches clipping off", 1.0, low=0)
 
 

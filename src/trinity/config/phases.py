@@ -28,6 +28,7 @@ class PhaseConfig(Settings):
     from_tokens: int = knob("tokens seen when it begins, at the first step that starts there or later", low=0)
     mix: str = knob("token folder or mix that new documents are drawn from; empty leaves it as it was", "")
     batch_tokens: int = knob("tokens in one optimiser step from here on; 0 leaves them as they were", 0, low=0)
+    keep: str = knob("name of a checkpoint kept for good where it begins; empty keeps none", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,11 @@ def lay_out(
     if not phases or phases[0].from_tokens:
         begun.append((FIRST, 0, train.batch_tokens, 0))
     for phase in phases:
+        if not phase.from_tokens and phase.batch_tokens:
+            raise ConfigError(
+                f"Phase '{phase.name}' begins the run and has tokens in a step of its own.",
+                "Set train.batch_tokens, with which a run begins.",
+            )
         name, begin, batch, _ = begun[-1] if begun else (phase.name, 0, train.batch_tokens, 0)
         start = whole_steps(begin, phase.from_tokens, batch)
         if begun and start <= begin:

@@ -1,6 +1,7 @@
 """RunConfig: everything one pretraining run is made of, and the rules that hold between its parts."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from trinity.base.errors import ConfigError
@@ -19,6 +20,7 @@ from trinity.config.phases import (
     Phase,
     PhaseConfig,
     lay_out,
+    whole_steps,
 )
 from trinity.config.train import TrainConfig
 
@@ -81,11 +83,15 @@ class RunConfig(Settings):
 
     @property
     def named_checkpoints(self) -> dict[str, int]:
-        """The checkpoints that are kept for good, in their order: name and the tokens at which each is due.
+        """The checkpoints that are kept for good, in their order: name and tokens of each, at a step's end.
 
         A run that never anneals has no pre-anneal and, unless it is extended, no base: its last step is its end.
         """
-        named = {PRE_ANNEAL: self.anneal_start} if self.optim.decay_tokens and self.anneal_start else {}
+        begins = {phase.name: phase.begin for phase in self.course}
+        named = {phase.keep: begins[phase.name] for phase in self.phases if phase.keep}
+        if self.optim.decay_tokens and self.anneal_start:
+            phase = self.phase_at(self.anneal_start - 1)
+            named[PRE_ANNEAL] = whole_steps(phase.begin, self.anneal_start, phase.batch_tokens)
         if self.optim.decay_tokens or self.extension.tokens:
             named[BASE] = self.base_end
         if self.extension.tokens:
@@ -114,6 +120,29 @@ class RunConfig(Settings):
         if self.extension.tokens:
             self._check_extension()
 
+    def during(self, phase: Phase) -> "RunConfig":
+        """A run of this phase alone, at its steps and rows: what its cost is reckoned from."""
+        tokens = phase.end - phase.begin
+        train = replace(
+            self.train, tokens=tokens, batch_tokens=phase.batch_tokens, microbatch_rows=phase.microbatch_rows
+        )
+        return replace(
+            self,
+            train=train,
+            data=replace(self.data, sequence_length=phase.sequence_length),
+            optim=replace(self.optim, warmup_tokens=0, decay_tokens=0),
+            model=replace(
+                self.model, max_position_embeddings=max(self.model.max_position_embeddings, phase.sequence_length)
+            ),
+            phases=(),
+            extension=ExtensionConfig(),
+        )
+
+    @property
+    def longest(self) -> Phase:
+        """The phase that reads the most tokens."""
+        return max(self.course, key=lambda phase: phase.end - phase.begin)
+
     def _check_names(self) -> None:
         taken = {EXTENSION} if self.own_beginning else {EXTENSION, FIRST}
         for number, phase in enumerate(self.phases):
@@ -123,6 +152,16 @@ class RunConfig(Settings):
                     "Give each phase a name of its own.",
                 )
             taken.add(phase.name)
+        kept = {PRE_ANNEAL, BASE, CONTEXT_EXTENDED, "latest"}
+        for number, phase in enumerate(self.phases):
+            good = re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", phase.keep) and not phase.keep.startswith("step-")
+            if phase.keep and (not good or phase.keep in kept or not phase.from_tokens):
+                raise ConfigError(
+                    f"phases.{number}.keep is '{phase.keep}', which names no checkpoint of its own.",
+                    "Write small letters, digits and dashes, other than the names that runs give (base, step-...); a "
+                    "phase that begins the run keeps none.",
+                )
+            kept.add(phase.keep)
 
     def _check_extension(self) -> None:
         extension, tokens = self.extension, self.horizon - self.base_end
@@ -139,6 +178,7 @@ class RunConfig(Settings):
             )
 
     def _check_rows(self, phase: Phase) -> None:
+        """An extension may train on rows beyond the context that the model is meant for, as the report's did."""
         long = phase.name == EXTENSION
         section, rows = ("extension", "extension") if long else ("train", "data")
         microbatch = phase.microbatch_rows * phase.sequence_length
@@ -148,9 +188,9 @@ class RunConfig(Settings):
                 f"tokens ({phase.microbatch_rows} rows of {phase.sequence_length}); phase '{phase.name}'.",
                 f"Make its batch_tokens a multiple of {section}.microbatch_rows x {rows}.sequence_length.",
             )
-        if phase.sequence_length > self.model.max_position_embeddings:
+        if not long and phase.sequence_length > self.model.max_position_embeddings:
             raise ConfigError(
                 f"Rows of {phase.sequence_length} tokens are longer than the model's context of "
                 f"{self.model.max_position_embeddings}.",
-                f"Raise model.max_position_embeddings or lower {rows}.sequence_length.",
+                "Raise model.max_position_embeddings or lower data.sequence_length.",
             )

@@ -11,8 +11,8 @@ class TrainConfig(Settings):
     section = "train"
 
     seed: int = knob("root of every random stream of the run", 0)
-    tokens: int = knob("tokens to train on in all", low=1)
-    batch_tokens: int = knob("tokens in one optimiser step", low=1)
+    tokens: int = knob("tokens to train on, those of a context extension not counted", low=1)
+    batch_tokens: int = knob("tokens in one optimiser step, until a phase changes them", low=1)
     microbatch_rows: int = knob("rows in one forward and backward pass", low=1)
     evaluate_every_tokens: int = knob(
         "tokens between evaluations on held-out text; 0 evaluates at the end only", 0, low=0

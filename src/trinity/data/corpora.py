@@ -54,7 +54,10 @@ def _later_corpus(folder: Path) -> Corpus:
     try:
         return open_corpus(folder)
     except DataError as error:
-        raise DataError(f"{error.what} A later phase of this run reads it.", error.remedy) from error
+        raise DataError(
+            f"{error.what} A later phase of this run reads it.",
+            f"{error.remedy} Or leave the data as it was there: --set phases.N.mix= or extension.mix=",
+        ) from error
 
 
 def _weights_among(corpus: Corpus, names: list[str]) -> list[float]:

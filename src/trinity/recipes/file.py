@@ -90,7 +90,7 @@ def _names(what: str, setting: str) -> bool:
 def write_recipe(config: RunConfig, path: Path) -> None:
     """Every setting of a recipe, each with its meaning, as a file that `read_recipe` reads back to the same."""
     lines = [
-        f"# The recipe '{config.name}', every setting with its meaning. Train it: trinity train {path.name} --out RUN",
+        f"# Every setting of a recipe with its meaning. Train it: trinity train {path.name} --out RUN",
         "",
         f"name = {_toml(config.name)}",
     ]

@@ -1,16 +1,25 @@
 """Trinity Nano, Mini and Large as published: shapes, batch, schedule and balancing of the technical report.
 
 Sources: report table 1 (shapes, learning rates, initialisation), section 2 (SMEBU constants), section 3 (batch,
-schedule). What the report leaves open (weight decay, AdamW betas, clipping) takes the defaults of config/optim.py.
+schedule), 3.5 (context extension). What the report leaves open (weight decay, AdamW betas, clipping) takes the
+defaults of config/optim.py.
+
+The phases are as published: three mixes of data each, the anneal over the third, one widening of the step, and rows of
+the context extension. Our choices, because nothing was found: when Nano and Mini widen their step (at the same share of
+the run as Large), and of every extension the tokens in all (Large: those that its data holds; Nano and Mini: a tenth of
+them), in a step (as many as before) and in the warm-up (a tenth). Large-TrueBase is published as the model after 10T
+tokens, before the second mix: the checkpoint `phase-1`. The folders of the mixes are names to fill: make
+them with `trinity data mix`, or set phases.N.mix.
 """
 
 from trinity.config.data import DataConfig
 from trinity.config.model import ModelConfig
 from trinity.config.optim import BalanceConfig, OptimConfig
+from trinity.config.phases import ExtensionConfig, PhaseConfig
 from trinity.config.run import RunConfig
 from trinity.config.train import TrainConfig
 
-_TRILLION = 10**12
+_TRILLION, _BILLION = 10**12, 10**9
 
 
 def nano() -> RunConfig:
@@ -42,7 +51,17 @@ def nano() -> RunConfig:
             newton_schulz_dtype="bfloat16",
         ),
         balance=BalanceConfig(rule="sign", sign_gamma=1e-3, sequence_loss=0.0, z_loss=0.0),
-        train=_cluster_training(tokens=10 * _TRILLION, batch_tokens=8192 * 4096),
+        train=_cluster_training(tokens=10 * _TRILLION, batch_tokens=4096 * 4096),
+        phases=_three_mixes("nano", 7 * _TRILLION, 8_800 * _BILLION, 2_900 * _BILLION, 8192 * 4096),
+        extension=ExtensionConfig(
+            tokens=12 * _BILLION,
+            sequence_length=262_144,
+            batch_tokens=8192 * 4096,
+            mix="mixes/nano-long",
+            warmup_tokens=1_200_000_000,
+            high_lr_fraction=0.1,
+            final_lr_fraction=0.0,
+        ),
     )
 
 
@@ -75,7 +94,17 @@ def mini() -> RunConfig:
             newton_schulz_dtype="bfloat16",
         ),
         balance=BalanceConfig(rule="sign", sign_gamma=1e-3, sequence_loss=0.0, z_loss=0.0),
-        train=_cluster_training(tokens=10 * _TRILLION, batch_tokens=8192 * 4096),
+        train=_cluster_training(tokens=10 * _TRILLION, batch_tokens=4096 * 4096),
+        phases=_three_mixes("mini", 7 * _TRILLION, 8_800 * _BILLION, 2_900 * _BILLION, 8192 * 4096),
+        extension=ExtensionConfig(
+            tokens=12 * _BILLION,
+            sequence_length=131_072,
+            batch_tokens=8192 * 4096,
+            mix="mixes/mini-long",
+            warmup_tokens=1_200_000_000,
+            high_lr_fraction=0.1,
+            final_lr_fraction=0.0,
+        ),
     )
 
 
@@ -110,7 +139,27 @@ def large() -> RunConfig:
             newton_schulz_dtype="bfloat16",
         ),
         balance=BalanceConfig(rule="smebu", sequence_loss=1e-4, z_loss=1e-6),
-        train=_cluster_training(tokens=17 * _TRILLION, batch_tokens=16384 * 8192),
+        train=_cluster_training(tokens=17 * _TRILLION, batch_tokens=12288 * 8192),
+        phases=_three_mixes("large", 10 * _TRILLION, 14 * _TRILLION, 4_900 * _BILLION, 16384 * 8192),
+        extension=ExtensionConfig(
+            tokens=117 * _BILLION,
+            sequence_length=262_144,
+            batch_tokens=16384 * 8192,
+            mix="mixes/large-long",
+            high_lr_fraction=0.1,
+            final_lr_fraction=0.05,
+            decay="cosine",
+        ),
+    )
+
+
+def _three_mixes(name: str, second: int, third: int, wide: int, wide_tokens: int) -> tuple[PhaseConfig, ...]:
+    """Three mixes of data, the later two from tokens `second` and `third` on; steps of `wide_tokens` from `wide` on."""
+    return (
+        PhaseConfig(name="phase 1", from_tokens=0, mix=f"mixes/{name}-1"),
+        PhaseConfig(name="wide steps", from_tokens=wide, batch_tokens=wide_tokens),
+        PhaseConfig(name="phase 2", from_tokens=second, mix=f"mixes/{name}-2", keep="phase-1"),
+        PhaseConfig(name="phase 3", from_tokens=third, mix=f"mixes/{name}-3"),
     )
 
 
