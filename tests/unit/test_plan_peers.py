@@ -71,7 +71,7 @@ def test_compare_sets_models_side_by_side(capsys: pytest.CaptureFixture[str], tm
     assert [row["name"] for row in found["compare"]] == ["large", "gpt-oss-120b", "DeepSeek-V3"]
     assert set(found["compare"][0]["kv_bytes"]) == {"8192", "131072", "524288"}
     text = page.read_text()
-    assert "What it would cost to train large" in text and "32.9 days" in text and text.count("<svg") == 4
+    assert "What it would cost to train large" in text and "33.2 days" in text and text.count("<svg") == 4
     assert "https:" not in text and "<script" not in text
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
     assert main(command[:4]) == 0
