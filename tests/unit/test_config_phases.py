@@ -122,15 +122,6 @@ def test_a_phase_keeps_a_checkpoint_where_it_begins():
     assert replace(DEBUG, phases=phases).named_checkpoints == {"before-late": 20480, "pre-anneal": 49152, "base": 65536}
 
 
-@given(runs())
-def test_a_phase_taken_alone_costs_its_steps(run: RunConfig):
-    for phase in run.course:
-        alone = run.during(phase)
-        (whole,) = alone.course
-        assert (whole.steps, alone.horizon) == (phase.steps, phase.end - phase.begin)
-        assert whole[3:6] == phase[3:6]
-
-
 def test_the_published_runs_are_laid_out_as_published():
     """Facts of the report: Large takes 12,288 and from 4.9T tokens 16,384 sequences, 17T tokens in about 139k steps."""
     large = recipe("large")

@@ -1,7 +1,7 @@
 """RunConfig: everything one pretraining run is made of, and the rules that hold between its parts."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from trinity.base.errors import ConfigError
@@ -119,29 +119,6 @@ class RunConfig(Settings):
             )
         if self.extension.tokens:
             self._check_extension()
-
-    def during(self, phase: Phase) -> "RunConfig":
-        """A run of this phase alone, at its steps and rows: what its cost is reckoned from."""
-        tokens = phase.end - phase.begin
-        train = replace(
-            self.train, tokens=tokens, batch_tokens=phase.batch_tokens, microbatch_rows=phase.microbatch_rows
-        )
-        return replace(
-            self,
-            train=train,
-            data=replace(self.data, sequence_length=phase.sequence_length),
-            optim=replace(self.optim, warmup_tokens=0, decay_tokens=0),
-            model=replace(
-                self.model, max_position_embeddings=max(self.model.max_position_embeddings, phase.sequence_length)
-            ),
-            phases=(),
-            extension=ExtensionConfig(),
-        )
-
-    @property
-    def longest(self) -> Phase:
-        """The phase that reads the most tokens."""
-        return max(self.course, key=lambda phase: phase.end - phase.begin)
 
     def _check_names(self) -> None:
         taken = {EXTENSION} if self.own_beginning else {EXTENSION, FIRST}

@@ -12,7 +12,6 @@ processes: it is a bound and ranks layouts; the efficiency, taken from published
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
 from trinity.plan.assumptions import Assumptions
 from trinity.plan.flops import computed_flops, model_flops, newton_schulz_flops
@@ -116,29 +115,20 @@ def _memory_bytes(run: RunConfig, layout: Layout) -> float:
     return layout.microbatches(run) * microbatch + 4 * 7 * held
 
 
-def phase_seconds(run: RunConfig, phase: Phase, layout: Layout, cluster: Cluster, assumptions: Assumptions) -> float:
-    """Seconds of one step of a phase. Longer rows, which want a layout of their own, go by the efficiency alone."""
-    flops = phase.batch_tokens * model_flops(run.model, phase.sequence_length)
-    busy = flops / (cluster.size * cluster.device.peak(layout.precision) * cluster.device.efficiency)
-    if phase.sequence_length != run.data.sequence_length:
-        return busy
-    return max(busy, roofline(run.during(phase), layout, cluster, assumptions.overlap).seconds)
-
-
 def run_cost(run: RunConfig, layout: Layout, cluster: Cluster, memory: RankMemory, assumptions: Assumptions) -> Cost:
     """The whole run on a layout that fits."""
-    device, longest = cluster.device, run.during(run.longest)
-    bound = roofline(longest, layout, cluster, assumptions.overlap)
-    step = phase_seconds(run, run.longest, layout, cluster, assumptions)
-    training = sum(phase.steps * phase_seconds(run, phase, layout, cluster, assumptions) for phase in run.course)
-    interval = step * max(1, (run.train.save_every_tokens or run.horizon) // longest.train.batch_tokens)
+    device, steps = cluster.device, run.steps
+    bound = roofline(run, layout, cluster, assumptions.overlap)
+    flops = run.train.batch_tokens * model_flops(run.model, run.data.sequence_length)
+    step = max(bound.seconds, flops / (cluster.size * device.peak(layout.precision) * device.efficiency))
+    interval = step * max(1, (run.train.save_every_tokens or run.horizon) // run.train.batch_tokens)
     save = memory.staging / assumptions.copy_rate
     between = assumptions.failure_hours * 3600 / cluster.size
     lost = (interval / 2 + 60 * assumptions.restart_minutes) / between
-    seconds = training * (1 + save / interval + lost)
+    seconds = steps * step * (1 + save / interval + lost)
     hours = cluster.size * seconds / 3600
     return Cost(
-        steps=run.steps,
+        steps=steps,
         roofline=bound,
         step_seconds=step,
         save_seconds=save,

@@ -37,6 +37,9 @@ def _as_run(run: RunConfig, group: list[Phase]) -> RunConfig:
         phases=(),
         extension=ExtensionConfig(),
         data=replace(run.data, sequence_length=first.sequence_length),
+        model=replace(  # an extension may train on rows beyond the context the model is meant for
+            run.model, max_position_embeddings=max(run.model.max_position_embeddings, first.sequence_length)
+        ),
         optim=replace(run.optim, warmup_tokens=0, decay_tokens=0),
         train=replace(
             run.train,
