@@ -44,6 +44,7 @@ class Life:
             command += ["--set", setting]
         place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self.run, self.lines, self.log = run, _lines(run), run.with_suffix(".log")
+        self.found = {path.name for path in (run / "checkpoints").glob("step-*")}
         self.ranks = [
             _STARTED.Process(
                 target=carry_out, args=(command, place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, self.log)
@@ -75,7 +76,8 @@ class Life:
                 return "sealing"
             files = sum(".safetensors" in name for name in held)
             return "proving" if files == 2 * len(self.ranks) else "writing"
-        if sum(name.startswith("step-") for name in names) > KEPT:
+        steps = {name for name in names if name.startswith("step-")}
+        if len(steps) > KEPT and steps - self.found:  # a kill while pruning leaves too many for the next life to find
             return "pruning"
         return "stepping" if _lines(self.run) > self.lines else "starting"
 

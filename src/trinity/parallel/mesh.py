@@ -29,6 +29,7 @@ from trinity.config.load import config_fingerprint
 from trinity.config.parallel import ParallelConfig
 from trinity.config.run import RunConfig
 from trinity.parallel.agree import agree
+from trinity.parallel.rendezvous import room_of_this_start
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a save or an evaluation may keep others waiting; hangs alarm earlier
 
@@ -166,7 +167,8 @@ def joined_world(config: RunConfig) -> Iterator[World]:
     if size == 1:  # FSDP2 keeps the float32 master weights of a bfloat16 run, also for one process
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        store, rank, size = room_of_this_start(COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, store=store, rank=rank, world_size=size)
     try:
         agree(started_with(config))  # before the meshes: they already take the same layout for granted
         yield world_of(found, dist.get_rank(), device)
