@@ -68,13 +68,14 @@ def roofline(run: RunConfig, layout: Layout, cluster: Cluster, overlap: float) -
     microbatches = layout.microbatches(run)
     tokens = microbatches * layout.tokens(run)
     dense, routed = newton_schulz_flops(run.model, run.optim)
-    arithmetic = tokens * computed_flops(run.model, length, layout.remat) / device.peak(layout.precision)
+    kernels = device.is_cpu and layout.precision == "float32"
+    arithmetic = tokens * computed_flops(run.model, length, layout.remat, kernels) / device.peak(layout.precision)
     arithmetic += (dense + routed) / layout.fsdp / device.peak(run.optim.newton_schulz_dtype)
     seconds = {True: 0.0, False: 0.0}
     for transfer in transfers(run, layout):
         waited = transfer.group not in _OVERLAPPED or transfer.purpose.startswith("Muon")
         seconds[waited] += transfer_seconds(transfer, layout, cluster)
-    memory = _memory_bytes(run, layout) / device.bandwidth
+    memory = _memory_bytes(run, layout, kernels) / device.bandwidth
     return Roofline(arithmetic, memory, seconds[False], seconds[True], overlap)
 
 
@@ -105,13 +106,13 @@ def members_in_server(group: str, layout: Layout, per_server: int) -> int:
     return max(1, min(processes, per_server // stride))
 
 
-def _memory_bytes(run: RunConfig, layout: Layout) -> float:
+def _memory_bytes(run: RunConfig, layout: Layout, kernels: bool) -> float:
     """Bytes through a device's memory in one step: working weights, activations and the update, each once a pass."""
     passes = 4 if layout.remat == "block" else 3
     one = held_values(run.model, 1, 1)
     working = one.dense + one.expert // layout.expert
     held = held_values(run.model, layout.fsdp, layout.expert).weights
-    microbatch = passes * layout.value_bytes * working + 2 * activation_bytes(run, layout)
+    microbatch = passes * layout.value_bytes * working + 2 * activation_bytes(run, layout, kernels)
     return layout.microbatches(run) * microbatch + 4 * 7 * held
 
 

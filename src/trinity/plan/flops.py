@@ -45,9 +45,12 @@ def model_flops(model: ModelConfig, length: int) -> float:
     return 3 * forward_flops(model, length)
 
 
-def computed_flops(model: ModelConfig, length: int, remat: str) -> float:
-    """Forward and backward for one token as computed here; remat=block repeats the forward of all but the head."""
-    forward = forward_flops(model, length, read=True)
+def computed_flops(model: ModelConfig, length: int, remat: str, kernels: bool) -> float:
+    """Forward and backward for one token as computed here; remat=block repeats the forward of all but the head.
+
+    The CPU kernels read the keys that are seen and no others.
+    """
+    forward = forward_flops(model, length, read=not kernels)
     again = forward - 2 * count_parameters(model).head if remat == "block" else 0
     return 3 * forward + again
 

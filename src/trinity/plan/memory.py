@@ -23,7 +23,7 @@ from trinity.plan.params import (
 LOSS_CHUNK = 2048  # tokens whose logits exist at once (model/loss.py)
 MUON_BATCH = 1 << 24  # values orthogonalised at once (optim/muon.py), in about five copies
 MUON_ROUND = 1 << 27  # values of matrices that travel to owners at once (parallel/muon.py)
-HOST_PROCESS = 370 * 2**20  # resident bytes of a CPU process before its model, kernels warm; measured
+HOST_PROCESS = 560 * 2**20  # resident bytes of a CPU process before its model, kernels warm; measured
 DEVICE_PROCESS = 3 * 2**30  # CUDA context, kernels and NCCL's buffers on a GPU; a common figure, not measured here
 
 
@@ -93,7 +93,7 @@ class RankMemory:
 def rank_memory(run: RunConfig, layout: Layout, in_host_memory: bool) -> RankMemory:
     """What the fullest process of a layout holds. in_host_memory: it computes in host memory (a CPU)."""
     held = held_values(run.model, layout.fsdp, layout.expert)
-    activations = activation_bytes(run, layout)
+    activations = activation_bytes(run, layout, in_host_memory and layout.precision == "float32")
     biases = 4 * run.model.num_sparse_layers * run.model.num_experts
     tokens = layout.tokens(run)
     return RankMemory(
@@ -119,13 +119,13 @@ def _kept_by_malloc(activations: int, microbatches: int) -> int:
     return activations if microbatches > 1 else activations // 2
 
 
-def activation_bytes(run: RunConfig, layout: Layout) -> int:
+def activation_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
     """Everything autograd keeps of one microbatch until its backward; with remat=block, the inputs of all blocks and
-    the inside of one."""
+    the inside of one. kernels: attention is that of the CPU kernels (src/trinity/kernels), which keep no copies."""
     model, tokens, length = run.model, layout.tokens(run), run.data.sequence_length
-    one = {kind: tokens * _token_activations(model, layout, length, kind) for kind in layer_patterns(model)}
+    one = {kind: tokens * _token_activations(model, layout, length, kind, kernels) for kind in layer_patterns(model)}
     final = tokens * model.hidden_size * (4 + layout.value_bytes) + 4 * tokens
-    masks = _mask_bytes(model, layout, length)
+    masks = 2 * 8 * tokens if kernels else _mask_bytes(model, layout, length)
     if layout.remat == "none":
         return sum(kind.layers * size for kind, size in one.items()) + final + masks
     scores = tokens * (4 * model.num_experts + 12 * model.num_experts_per_tok)  # for the balance loss
@@ -133,17 +133,18 @@ def activation_bytes(run: RunConfig, layout: Layout) -> int:
     return inputs + model.num_sparse_layers * scores + max(one.values()) + final + masks
 
 
-def _token_activations(model: ModelConfig, layout: Layout, length: int, kind: LayerKind) -> int:
+def _token_activations(model: ModelConfig, layout: Layout, length: int, kind: LayerKind, kernels: bool) -> int:
     """Bytes that one block saves of a token for its backward (model/block.py, attention.py, experts.py)."""
     size, width, head = layout.value_bytes, model.hidden_size, model.head_dim
     query, key = model.num_attention_heads * head, model.num_key_value_heads * head
     heads = model.num_attention_heads + model.num_key_value_heads
     norms = 4 * 4 * (width + 1) + 4 * (query + key + heads)  # normalised inputs and scales, float32
     norms += 2 * size * width  # what attention and feed-forward read
-    copies = (
-        2 if not kind.is_global and length >= 2 * model.sliding_window else 1
-    )  # each block of keys with the one before it
-    attention = size * query * (1 + 2 * copies) + size * query  # queries, keys and values for every head; output
+    if kernels:
+        attention = size * (3 * query + 2 * key)  # queries, keys, values; the output, and again with heads side by side
+    else:  # a local layer's block of keys comes with the one before it
+        copies = 2 if not kind.is_global and length >= 2 * model.sliding_window else 1
+        attention = size * query * (2 + 2 * copies)  # queries, output, and keys and values for every query head
     attention += 4 * model.num_attention_heads + 2 * size * query  # log-sums; the gate and its product
     if not kind.is_sparse:
         return norms + attention + 4 * size * model.intermediate_size
