@@ -22,7 +22,7 @@ CEILINGS = {
     "kernels": 400,
     "model": 950,
     "optim": 400,
-    "parallel": 700,
+    "parallel": 850,
     "plan": 1600,
     "recipes": 600,
     "release": 800,
