@@ -248,9 +248,15 @@ def test_a_full_disk_loses_nothing_that_was_saved(trinity, refused, debug_data, 
         assert code == 1 and "Traceback" not in error and "defect" not in error
         told = error.splitlines()[-1]
         assert (
-            told.startswith(f"trinity train: The disk is full: writing {newest} failed") and "Free some space" in told
+            told.startswith(f"trinity train: The disk is full: writing {newest.with_name('base')} failed")
+            and "Free some space" in told
         )
-        assert sorted(path.name for path in newest.parent.iterdir()) == ["latest", "pre-anneal", "step-00000005"]
+        assert sorted(path.name for path in newest.parent.iterdir()) == [
+            "base",
+            "latest",
+            "pre-anneal",
+            "step-00000005",
+        ]
         assert not unsealed_differences(newest.parent / "step-00000005")
     with monkeypatch.context() as patch:
         patch.setattr(hf, "save_file", failure)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trinity.base.errors import ConfigError, DataError
+from trinity.base.errors import CheckpointError, ConfigError, DataError
 from trinity.base.run import read_lines
 from trinity.ckpt.opened import open_model
 from trinity.config.load import override, to_dict
@@ -125,6 +125,10 @@ def test_three_checkpoints_come_out_named_and_open_as_models(life, unbroken):
     assert tokens == {"pre-anneal": 6144, "base": 8192, "context-extended": 12800}
     opened = open_model(run / "checkpoints" / "base")
     assert opened.name == "run-base"
+    with pytest.raises(
+        CheckpointError, match="has no checkpoint 'bse'. It has: base, context-extended, pre-anneal, step-"
+    ):
+        open_model(run / "checkpoints" / "bse")
 
 
 def state_of(run: Path, name: str) -> dict:

@@ -52,6 +52,11 @@ def open_model(path: Path | str, dtype: str = "float32", warn: Callable[[str], N
     path = Path(path)
     if dtype not in _DTYPES:
         raise UsageError(f"dtype '{dtype}' is not offered.", f"Choose one of {', '.join(_DTYPES)}.")
+    if not path.is_dir() and path.parent.name == "checkpoints" and path.parent.is_dir():
+        there = sorted(found.name for found in path.parent.iterdir() if (found / STATE).exists())
+        raise CheckpointError(
+            f"{path.parent.parent} has no checkpoint '{path.name}'.", f"It has: {', '.join(there) or 'none yet'}."
+        )
     if not path.is_dir():
         what = f"{path} is a file, not a model." if path.is_file() else f"There is no model folder at {path}."
         raise CheckpointError(what, "Name a Hugging Face folder or a run folder.")
