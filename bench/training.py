@@ -84,7 +84,7 @@ class Transformers:
 
 
 def serve_side(name: str, options: argparse.Namespace) -> None:
-    """A process of one side: for each line on stdin a step of one and a step of three microbatches, as a line of JSON."""
+    """The process of a side: for each line on stdin a step of one and one of three microbatches, as a line of JSON."""
     config = configured(options)
     side = {"trinity": Ours, "transformers": Transformers}[name](config, options.experts)
     batches = [batch_of(config, options.rows, options.length) for _ in range(3)]
