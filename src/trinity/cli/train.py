@@ -5,7 +5,7 @@ Example:
   trinity train demo --data tokens/ --out runs/demo --set train.tokens=2M --set optim.muon_lr=0.01
   trinity train demo --out runs/demo --set train.alarm_command='mail -s alarm me@example.org' --test-alarm
   trinity train docs/guides/life.toml --out runs/life
-  torchrun --nproc-per-node 8 -m trinity.cli.main train nano --data mix/ --out runs/nano --set parallel.expert=8
+  torchrun --nproc-per-node 8 -m trinity.cli.main train lab256 --data mix/ --out runs/lab --set parallel.expert=8
 
 Recipe debug without --data reads a small corpus made from this Python's standard library. The same command again
 resumes. What decides no step's arithmetic (the guard, the cadence of saving and evaluating) may be set anew on resume.
