@@ -42,7 +42,7 @@ def fresh(config: RunConfig, data: Path, world: World) -> TrainState:
 
 def advance(state: TrainState, config: RunConfig) -> tuple[torch.Tensor, float]:
     """One step; the tokens that this process read, one microbatch after another [M, B, T], and the step's loss."""
-    batches = next_microbatches(state.loader, config, state.world)
+    batches = next_microbatches(state.loader, config.phase_at(state.tokens), state.world)
     measured = accumulate(state, batches, config)
     state.step += 1
     state.tokens += config.train.batch_tokens
