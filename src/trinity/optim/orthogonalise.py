@@ -11,6 +11,7 @@ from trinity.kernels.compiled import fits
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPS = 1e-7
+_KERNEL_ROWS = 64  # smaller matrices go through torch together: a call for each costs more than its product
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -23,7 +24,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.f
     flat = x.flatten(0, -3) if x.dim() > 3 else x
     stack = flat if flat.dim() == 3 else flat.unsqueeze(0)
     stack = stack / stack.flatten(1).norm(dim=1).clamp(min=_EPS)[:, None, None]
-    if fits(stack):
+    if stack.shape[-2] >= _KERNEL_ROWS and fits(stack):
+        stack = stack.contiguous()  # oneDNN writes into transposed matrices two hundred times as slowly
         torch.ops.trinity.orthogonalise(stack, steps, a, b, c)
         x = stack.view(x.shape)
         return x.mT if tall else x
