@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from trinity.kernels.attention import StretchAttention
 from trinity.kernels.compiled import fits
+from trinity.kernels.varlen import Documents, attend_by_document, documents_of, takes
 
 
 class Attend(Protocol):
@@ -44,8 +45,9 @@ class Packed:
     def __init__(self, document_ids: Tensor) -> None:
         self.document_ids = document_ids
         self._masks: dict[int | None, Tensor] = {}
-        self._starts = document_starts(document_ids) if document_ids.device.type == "cpu" else None
+        self._starts = document_starts(document_ids)
         self._first: dict[int | None, Tensor] = {}
+        self._documents: Documents | None = None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         length = q.shape[2]
@@ -53,6 +55,9 @@ class Packed:
             if window not in self._first:
                 self._first[window] = first_seen(self._starts, window)
             return StretchAttention.apply(q, k, v, self._first[window])
+        if self._starts is not None and takes(q):
+            self._documents = self._documents or documents_of(self._starts)
+            return attend_by_document(q, k, v, self._documents, window)
         if window is not None and length >= 2 * window:
             return windowed(q, k, v, window, self.document_ids, self._masks)
         if window not in self._masks:
@@ -66,7 +71,7 @@ def document_starts(document_ids: Tensor) -> Tensor | None:
     ordered = document_ids.sort(-1).values
     if not torch.equal(changes.sum(-1), (ordered[:, 1:] != ordered[:, :-1]).sum(-1)):
         return None
-    return (changes * torch.arange(document_ids.shape[1])).cummax(-1).values
+    return (changes * torch.arange(document_ids.shape[1], device=document_ids.device)).cummax(-1).values
 
 
 def first_seen(starts: Tensor, window: int | None) -> Tensor:

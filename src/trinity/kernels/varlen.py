@@ -1,0 +1,54 @@
+"""Attention on a GPU, document by document, through torch's variable-length flash attention: no mask, no wasted scores.
+
+Packed rows are laid end to end and cut where documents begin. A row of 262,144 positions needs no mask of that squared.
+The twin is model/attend.py's mask; tests/gpu compares them where there is a GPU.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+
+class Documents(NamedTuple):
+    """Where the documents of some rows, laid end to end, begin and end."""
+
+    bounds: Tensor  # [documents + 1] int32, from 0 to B x T
+    longest: int  # tokens
+
+
+def takes(q: Tensor) -> bool:
+    """Whether the kernel is there for such tensors: half precision on a GPU."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def documents_of(starts: Tensor) -> Documents:
+    """starts [B, T]: where the document of each position begins in its row. Waits for the GPU once."""
+    rows, length = starts.shape
+    begins = (starts == torch.arange(length, device=starts.device)).flatten().nonzero().flatten()
+    bounds = F.pad(begins, (0, 1), value=rows * length)
+    return Documents(bounds.to(torch.int32), int(bounds.diff().max()))
+
+
+def attend_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
+    """Causal attention inside each document: q [B, H, T, C], k and v [B, J, T, C] -> [B, H, T, C].
+
+    The kernel counts the keys before the query: a window of w keys, the own one included, is (w - 1, 0).
+    """
+    rows, heads, length, size = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(rows * length, -1, size) for x in (q, k, v))
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        documents.bounds,
+        documents.bounds,
+        documents.longest,
+        documents.longest,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=k.shape[1] != heads,
+    )
+    assert isinstance(out, Tensor)
+    return out.view(rows, length, heads, size).transpose(1, 2)
