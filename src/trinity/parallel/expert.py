@@ -8,7 +8,7 @@ no rows takes part all the same. Equal to `model.dispatch.locally` up to the ord
 Shapes: N tokens and R = N x K rows of this process, R' rows it receives, E experts, D width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,15 @@ def dispatch_over(world: World) -> Dispatch:
     return locally if world.expert_size == 1 else ExpertParallel(world.expert_group)
 
 
+class Splits(NamedTuple):
+    """How the rows of one layer travel."""
+
+    sent: Tensor  # [P, E / P] int64: this process's rows for each expert
+    received: Tensor  # [P, E / P] int64: rows from each process for each of its experts
+    there: list[int]  # [P] rows to each process
+    here: list[int]  # [P] rows from each process
+
+
 class ExpertParallel:
     """A Dispatch (model/dispatch.py) over the processes of `group`."""
 
@@ -34,16 +43,19 @@ class ExpertParallel:
     def __call__(self, experts: GroupedExperts, x: Tensor, routing: Routing) -> Tensor:
         order = routing.chosen.flatten().argsort(stable=True)
         rows = GatherRows.apply(x, order, routing.chosen.shape[1])
-        sent = routing.counts().view(self.size, -1)  # [P, E / P]: this process's rows for each expert
-        received = self.exchange_counts(sent)  # [P, E / P]: rows from each process for each local expert
-        there, here = sent.sum(1).tolist(), received.sum(1).tolist()
+        sent, received, there, here = self.splits(routing)
         rows = Exchange.apply(rows, here, there, self.group)
-        by_expert = _by_local_expert(received)
+        by_expert = _by_local_expert(received, sum(here))
         rows = GatherRows.apply(rows, by_expert, 1)
         rows = experts(rows, received.sum(0).cumsum(0))
         rows = GatherRows.apply(rows, inverse(by_expert), 1)
         rows = Exchange.apply(rows, there, here, self.group)
         return CombineRows.apply(rows, routing.weights, order)
+
+    def splits(self, routing: Routing) -> Splits:
+        sent = routing.counts().view(self.size, -1)
+        received = self.exchange_counts(sent)
+        return Splits(sent, received, sent.sum(1).tolist(), received.sum(1).tolist())
 
     def exchange_counts(self, sent: Tensor) -> Tensor:
         received = torch.empty_like(sent)
@@ -51,10 +63,10 @@ class ExpertParallel:
         return received
 
 
-def _by_local_expert(received: Tensor) -> Tensor:
+def _by_local_expert(received: Tensor, rows: int) -> Tensor:
     """The order that groups rows, which arrive by process and then by expert, by expert and then by process: [R']."""
     experts = torch.arange(received.numel(), device=received.device) % received.shape[1]
-    return experts.repeat_interleave(received.flatten()).argsort(stable=True)
+    return experts.repeat_interleave(received.flatten(), output_size=rows).argsort(stable=True)
 
 
 class Exchange(torch.autograd.Function):

@@ -92,18 +92,18 @@ def _clip(gradients: list[Tensor], largest: float, world: World) -> float:
 
 
 def _measured(table: Tensor, added: Tensor, grad_norm: float, counts: Tensor, targets: int) -> Measured:
-    shares, learnt = table.flatten(0, 1).unbind(-1)
-    read = learnt > 0
-    losses = shares[read] * targets / learnt[read]
+    losses = table[..., 0] * targets / table[..., 1].clamp(min=1)  # [data ranks, M]; 0 where nothing was learnt
+    read = table[..., 1] > 0
+    highest, mean = losses.where(read, -math.inf).max(), losses.sum() / read.sum().clamp(min=1)
     return Measured(
-        loss=float(shares.sum()),
+        loss=float(table[..., 0].sum()),
         z_loss=float(added[0]),
         balance_loss=float(added[1]),
         grad_norm=grad_norm,
-        batch_het=float(losses.max() - losses.mean()) if len(losses) else 0.0,
+        batch_het=max(0.0, float(highest - mean)),
         counts=counts.cpu(),
         targets=targets,
-        losses=tuple((table[..., 0] * targets / table[..., 1].clamp(min=1)).T.flatten().tolist()),
+        losses=tuple(losses.T.flatten().tolist()),
     )
 
 
