@@ -23,13 +23,13 @@ CEILINGS = {
     "model": 950,
     "optim": 400,
     "parallel": 850,
-    "plan": 1600,
+    "plan": 1800,
     "recipes": 600,
     "release": 800,
     "report": 850,
     "serve": 1400,
     "text": 450,
-    "train": 2300,
+    "train": 3000,
 }
 
 

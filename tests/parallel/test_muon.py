@@ -18,7 +18,8 @@ from trinity.model.init import build_model
 from trinity.optim.groups import build_optimisers
 from trinity.parallel.apply import build_parallel, local_part
 from trinity.parallel.mesh import joined_world
-from trinity.parallel.muon import Owners, deal, rows_of
+from trinity.parallel.muon import Owners
+from trinity.plan.dealing import deal, rows_of
 
 SHAPES = st.lists(st.tuples(st.integers(1, 64), st.integers(1, 64)), max_size=20)
 

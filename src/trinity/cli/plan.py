@@ -9,6 +9,7 @@ Example:
   trinity plan nano --cluster 512xH200 --price 2.5 --efficiency 0.2 --assume power_usage=1.1
   trinity plan large --compare all --page plan.html --plot plan.png
   trinity plan mini --set model.num_experts_per_tok=4 --json
+  trinity plan large --dry-run
 """
 
 import argparse
@@ -31,6 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         "GLM-4.5, Qwen3-235B, DeepSeek-V3")  # fmt: skip
     parser.add_argument("--plot", metavar="FILE.png", help="also draw the plan")
     parser.add_argument("--page", metavar="FILE.html", help="also write the plan as one self-contained page")
+    parser.add_argument("--dry-run", action="store_true", help="also walk the real step of the whole layout, without "
+                        "memory or other processes, and set what it takes beside the plan")  # fmt: skip
+    parser.add_argument("--rank", type=int, default=0, metavar="N", help="the process a dry run looks at (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.set_defaults(action=plan)
 
@@ -50,6 +54,10 @@ def plan(options: argparse.Namespace) -> None:
         if options.page:
             save_plan_page(found, Path(options.page))
     print(json.dumps(found, indent=2) if options.json else as_text(found))
+    if options.dry_run and not options.json:
+        from trinity.cli.plan_dry import dry_text
+
+        print(f"\n{dry_text(found['dry_run'])}")
 
 
 def planned(options: argparse.Namespace) -> dict[str, Any]:
@@ -72,6 +80,10 @@ def planned(options: argparse.Namespace) -> dict[str, Any]:
     if options.compare:
         peers = list(PEERS.values()) if options.compare == "all" else [peer(n) for n in options.compare.split(",")]
         found["compare"] = comparison([as_peer(run.name, run.model), *peers], devices, assumptions)
+    if options.dry_run:
+        from trinity.cli.plan_dry import rehearsed
+
+        found["dry_run"] = rehearsed(run, found["layout"], options.rank)
     return found
 
 

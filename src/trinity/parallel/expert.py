@@ -34,6 +34,14 @@ class Splits(NamedTuple):
     here: list[int]  # [P] rows from each process
 
 
+def forced_balance(world: World) -> Dispatch:
+    """A way to the experts that gives each equally many rows, whatever the router chose: no value of it is read.
+
+    A rehearsal has no values (train/dryrun.py); a benchmark sets the real router beside it.
+    """
+    return _balanced_locally if world.expert_size == 1 else ForcedBalance(world.expert_group)
+
+
 class ExpertParallel:
     """A Dispatch (model/dispatch.py) over the processes of `group`."""
 
@@ -61,6 +69,32 @@ class ExpertParallel:
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent.contiguous(), group=self.group)
         return received
+
+
+class ForcedBalance(ExpertParallel):
+    """Exchanges counts and rows as always, of rows dealt out evenly: what travels is known without looking."""
+
+    def __call__(self, experts: GroupedExperts, x: Tensor, routing: Routing) -> Tensor:
+        return super().__call__(experts, x, dealt_evenly(routing))
+
+    def splits(self, routing: Routing) -> Splits:
+        """As every process of the group deals alike, each sends and gets the same whatever its peer."""
+        rows, experts = routing.chosen.numel(), routing.scores.shape[1]
+        each = [rows // experts + (expert < rows % experts) for expert in range(experts)]
+        share = experts // self.size
+        there = [sum(each[peer * share : (peer + 1) * share]) for peer in range(self.size)]
+        sent = torch.tensor(each, device=routing.chosen.device).view(self.size, share)
+        return Splits(sent, self.exchange_counts(sent), there, [there[self.group.rank()]] * self.size)
+
+
+def _balanced_locally(experts: GroupedExperts, x: Tensor, routing: Routing) -> Tensor:
+    return locally(experts, x, dealt_evenly(routing))
+
+
+def dealt_evenly(routing: Routing) -> Routing:
+    """The same weights and scores, the experts taken in turn."""
+    turns = torch.arange(routing.chosen.numel(), device=routing.chosen.device) % routing.scores.shape[1]
+    return routing._replace(chosen=turns.view_as(routing.chosen))
 
 
 def _by_local_expert(received: Tensor, rows: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_VALUES_AT_ONCE = 1 << 26  # values of whole matrices that one process owns in one exchange; bounds the extra memory
+from trinity.plan.dealing import deal, rounds, rows_of
 
 
 class Owners:
@@ -29,7 +29,7 @@ class Owners:
     ) -> list[Tensor]:
         """parts[i]: this process's rows of matrix i, of shapes[i] whole -> its rows of the orthogonalised matrices."""
         done: list[Tensor] = []
-        for start, stop in _rounds(shapes, _VALUES_AT_ONCE * self.size):
+        for start, stop in rounds(shapes, self.size):
             done += self._one_round(parts[start:stop], shapes[start:stop], orthogonalise)
         return done
 
@@ -60,36 +60,3 @@ class Owners:
         order = [index for indices in owned for index in indices]
         results = dict(zip(order, returned.split([parts[index].numel() for index in order]), strict=True))
         return [results[index].view(parts[index].shape) for index in range(len(parts))]
-
-
-def deal(shapes: list[tuple[int, int]], size: int) -> list[list[int]]:
-    """Which matrices each of `size` processes owns: the dearest first, each to the one with the least work so far."""
-    work, owned = [0] * size, [[] for _ in range(size)]
-    for index in sorted(range(len(shapes)), key=lambda index: -_cost(shapes[index])):
-        owner = work.index(min(work))
-        owned[owner].append(index)
-        work[owner] += _cost(shapes[index])
-    return owned
-
-
-def rows_of(rows: int, size: int, rank: int) -> int:
-    """Rows of a matrix that process `rank` of `size` holds: FSDP2 cuts as torch.chunk does."""
-    most = -(-rows // size)
-    return max(0, min(most, rows - rank * most))
-
-
-def _cost(shape: tuple[int, int]) -> int:
-    """Proportional to the FLOPs of one Newton-Schulz iteration."""
-    short, long = min(shape), max(shape)
-    return short * short * (2 * long + short)
-
-
-def _rounds(shapes: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
-    """Stretches [start, stop) of neighbouring matrices that hold at most `most` values, or one matrix."""
-    rounds, start, held = [], 0, 0
-    for index, (rows, width) in enumerate(shapes):
-        if index > start and held + rows * width > most:
-            rounds.append((start, index))
-            start, held = index, 0
-        held += rows * width
-    return [*rounds, (start, len(shapes))] if shapes else []

@@ -89,6 +89,18 @@ def layer_patterns(model: ModelConfig) -> list[LayerKind]:
 
 
 @lru_cache
+def muon_shapes(model: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """The dense matrices that Muon moves, in the order in which the model names them."""
+    order = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj")
+    found: list[tuple[int, int]] = []
+    for layer in range(model.num_hidden_layers):
+        members = {w.name: w.shape for w in layer_weights(model, model.is_sparse(layer)) if w.role == "matrix"}
+        names = [*order, *(name for name in members if name not in order)]
+        found += [(members[name][0], members[name][1]) for name in names]
+    return tuple(found)
+
+
+@lru_cache
 def held_values(model: ModelConfig, fsdp: int, expert: int) -> "Held":
     """What the fullest process holds when dense weights are cut in `fsdp` and experts first in `expert`."""
     found = dict.fromkeys(("matrix", "expert", "router", "norm", "embedding", "head"), 0)

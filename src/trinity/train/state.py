@@ -43,6 +43,11 @@ class TrainState:
         """The state before the first step; of several processes each holds its part."""
         world = world or World.alone(device_of(config.parallel))
         model = build_parallel(config.model, config.parallel, world, named_seed(config.train.seed, "model"))
+        return cls.around(model, config, loader, world)
+
+    @classmethod
+    def around(cls, model: Transformer, config: RunConfig, loader: Loader, world: World) -> "TrainState":
+        """The state before the first step of a model that is already there."""
         across = None if world.dense is None else Owners(world.dense["fsdp"].get_group())
         return cls(
             model=model,

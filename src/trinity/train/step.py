@@ -14,6 +14,7 @@ from torch import Tensor
 from trinity.balance.update import move_biases
 from trinity.config.run import RunConfig
 from trinity.data.loader import Batch
+from trinity.model.dispatch import Dispatch
 from trinity.model.loss import IGNORED, chunked_loss
 from trinity.model.router import Routing, sequence_balance_loss
 from trinity.optim.schedule import factor_at
@@ -36,9 +37,15 @@ class Measured(NamedTuple):
     losses: tuple[float, ...] = ()  # of the step's microbatches of all processes, in the order of the stream
 
 
-def accumulate(state: TrainState, batches: list[Batch], config: RunConfig) -> Measured:
-    """Forward and backward over this process's microbatches; gradients are left on the parameters, clipped."""
+def accumulate(
+    state: TrainState, batches: list[Batch], config: RunConfig, dispatch: Dispatch | None = None
+) -> Measured:
+    """Forward and backward over this process's microbatches; gradients are left on the parameters, clipped.
+
+    dispatch: another way to the experts than this world's, such as `forced_balance`.
+    """
     world, model = state.world, state.model
+    dispatch = dispatch or dispatch_over(world)
     stretches = [own_stretch(batch, world) for batch in batches]
     learnt = torch.stack([(batch.targets != IGNORED).sum() for batch in stretches])  # [M]
     targets = int(world.sum(learnt.sum()))
@@ -49,7 +56,7 @@ def accumulate(state: TrainState, batches: list[Batch], config: RunConfig) -> Me
     added = torch.zeros(2, dtype=torch.float64, device=world.device)  # z-loss, balance loss
     counts = torch.zeros(len(model.expert_biases()), config.model.num_experts, dtype=torch.int64, device=world.device)
     for number, batch in enumerate(stretches):
-        output = model(batch.tokens, batch.positions, attend_over(batch.document_ids, world), dispatch_over(world))
+        output = model(batch.tokens, batch.positions, attend_over(batch.document_ids, world), dispatch)
         loss, cross_entropy = chunked_loss(
             output.hidden.flatten(0, 1),
             model.lm_head.weight,
