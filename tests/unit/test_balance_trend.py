@@ -37,7 +37,7 @@ def heard(shares_of, steps: int, factor: float = 3.0, biases=None) -> list[tuple
     return [
         (step, sentence)
         for step in range(1, steps + 1)
-        for sentence in trend.observe(loads(shares_of(step), step), biases(step) if biases else still)
+        for _, sentence in trend.observe(loads(shares_of(step), step), biases(step) if biases else still)
     ]
 
 
@@ -117,7 +117,7 @@ def test_balancing_that_works_is_silent_and_one_that_pushes_the_wrong_way_is_not
             bias[0, 0] += 0.05 * (step == 200)  # off the point of balance, which holds even when pushed away from
             counts = (torch.softmax(4 * (preference + bias), -1) * TOKENS).round().to(torch.int64)
             bias, momentum = smebu(bias, momentum, counts, rate if step > 200 else 0.01, 0.5, 2.0)
-            said += trend.observe(counts, list(bias))
+            said += [sentence for _, sentence in trend.observe(counts, list(bias))]
         return said
 
     assert run(0.01) == []
@@ -142,6 +142,23 @@ def test_a_resumed_trend_hears_what_the_unbroken_one_hears():
     found += [second.observe(loads(shares(step), step), still) for step in range(156, 181)]
     assert found == expected and any(expected)
     assert second.state() == whole.state() and second.figures() == whole.figures()
+
+
+def test_other_text_is_routed_otherwise_and_is_no_drift_when_it_is_announced():
+    def shares(step: int) -> torch.Tensor:
+        return skewed(0.1) if step <= 150 else skewed(4.0)
+
+    def told(announced: bool) -> list[str]:
+        trend, kinds = RouterTrend(3.0), []
+        away = [torch.linspace(0, 5, EXPERTS)] * 2
+        for step in range(1, 400):
+            if announced and step == 151:
+                trend.begin_anew()
+            kinds += [kind for kind, _ in trend.observe(loads(shares(step), step), away)]
+        return kinds
+
+    assert set(told(announced=False)) == {"collapse", "run-away"}
+    assert told(announced=True) == ["run-away"], "what was told of the biases is not told again"
 
 
 def test_nothing_is_judged_before_there_is_something_to_compare_with():

@@ -12,6 +12,7 @@ step's MaxVio is mostly the noise of its batch, so everything here is read from 
 
 A figure that is falling is never alarming: a run may begin unbalanced. Low marks only count once they are measured over
 `before` steps, and move up to the present level when an alarm was given, so each further alarm means further decay.
+Other text is routed to other experts, so averages and low marks begin anew with it.
 """
 
 from typing import Any
@@ -23,6 +24,7 @@ RECENT, BEFORE = 20, 100  # steps averaged over
 _VIOLATION_FLOOR, _DRIFT_FLOOR = 1.5, 0.15
 _STARVED = 0.1  # of an even share; an average forgets slowly, so a hundredth would be seen too late
 _STARVED_PART = 8  # experts of a layer / this many newly starving ones are alarming
+DRIFT = "drift"
 _SPREAD = 4.0  # healthy small runs with large bias steps pass 1
 
 
@@ -36,21 +38,32 @@ class RouterTrend:
         self._recent = self._before = torch.zeros(0, 0, dtype=torch.float64)  # [L, E] shares of the load
         self._lows: dict[str, Tensor] = {}  # [L] each: the lowest a figure has been; for "spread" the next limit
 
-    def observe(self, counts: Tensor, biases: list[Tensor]) -> list[str]:
-        """Take one step's counts and biases; a sentence for each kind of trouble, empty when there is none."""
+    def observe(self, counts: Tensor, biases: list[Tensor]) -> list[tuple[str, str]]:
+        """Take one step's counts and biases; (kind, sentence) of each trouble, empty when there is none."""
         if not self.factor or not counts.numel():
             return []
         share = counts.double().cpu() / counts.sum(-1, keepdim=True).clamp(min=1).cpu()
         if self.seen == 0:
             self._recent, self._before = torch.zeros_like(share), torch.zeros_like(share)
-            self._lows = {"spread": torch.full((len(share),), _SPREAD, dtype=torch.float64)}
+            # Biases are of the model, not of the text: what was told of them stays told when all else begins anew.
+            told = self._lows.get("spread", torch.full((len(share),), _SPREAD, dtype=torch.float64))
+            self._lows = {"spread": told}
         self.seen += 1
         self._recent = self._recent.lerp(share, 1 / min(self.seen, RECENT))
         self._before = self._before.lerp(share, 1 / min(self.seen, BEFORE))
         if self.seen < BEFORE:
             return []
-        found = (self._collapse(), self._drift(), self._starving(), self._run_away(torch.stack(biases).double().cpu()))
-        return [sentence for sentence in found if sentence]
+        found = {
+            "collapse": self._collapse(),
+            DRIFT: self._drift(),
+            "starving": self._starving(),
+            "run-away": self._run_away(torch.stack(biases).double().cpu()),
+        }
+        return [(kind, sentence) for kind, sentence in found.items() if sentence]
+
+    def begin_anew(self) -> None:
+        """The text is another from here on: loads are averaged, and low marks measured, from the next step."""
+        self.seen = 0
 
     def figures(self) -> dict[str, float]:
         """What the log shows of the trend: the worst layer's MaxVio of the averaged load, and its drift."""

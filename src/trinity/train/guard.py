@@ -9,8 +9,13 @@
     max_incidents roll-backs      to one and the same checkpoint: stop, the run does not get past it
 
 A spike is a loss more than `spike_sigmas` standard deviations above the mean of the recent good ones, or a gradient
-norm whose logarithm lies `norm_spike_sigmas` above (norms are skewed, their logarithm is not). Spikes in a row that
-agree with each other are no accident but a new level (another mix of data): the last of them is taken as good.
+norm whose logarithm lies `norm_spike_sigmas` above (norms are skewed, their logarithm is not). Three spikes in a row
+that agree with each other are no accident but a new level (another kind of text): the third is taken as good. Spikes
+that led to a roll-back count on, though the good steps before them are run again: the same level met behind one
+checkpoint three times is a new level too. So is a drift of the routing met there three times: it is told, and passes.
+
+A phase that reads another mix, or takes rows or steps of another size, begins new levels and a new trend: its first 16
+steps have no spikes, and its first 100 no trend.
 
 All it reads are global figures, equal on every process, and all it knows is in the checkpoint: every process decides
 alike, and a resumed run as the unbroken one.
@@ -22,12 +27,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from trinity.balance.trend import RouterTrend
+from trinity.balance.trend import DRIFT, RouterTrend
+from trinity.config.phases import Phase
 from trinity.config.train import TrainConfig
 
 _WINDOW = 64  # good values remembered
 _ENOUGH = 16  # values before spikes are judged: the first ones fall too fast
-_AGREEING = 3  # spikes in a row that, being alike, are the new level
+_AGREEING = 3  # spikes that, being alike, are the new level
 _ALIKE = 4.0  # standard deviations within which they lie
 
 
@@ -46,6 +52,7 @@ class Level:
         self._sigmas, self._smallest_sigma, self._largest_rise = sigmas, smallest_sigma, largest_rise
         self.good: deque[float] = deque(maxlen=_WINDOW)
         self.spikes: deque[float] = deque(maxlen=_AGREEING)  # in a row, the newest last
+        self.met: deque[float] = deque(maxlen=_AGREEING)  # those that were rolled back since the last save
 
     @property
     def mean(self) -> float:
@@ -56,10 +63,11 @@ class Level:
         if not self._sigmas or len(self.good) < _ENOUGH or value <= self.mean + self._sigmas * self._sigma():
             return False
         self.spikes.append(value)
-        if not self._is_new_level():
+        newest = [*self.met, *self.spikes][-_AGREEING:]
+        if not self._is_new_level(newest):
             return True
         # Their spread stays known, so the guard never goes blind.
-        rise = sum(self.spikes) / len(self.spikes) - self.mean
+        rise = sum(newest) / len(newest) - self.mean
         self.good = deque((value + rise for value in self.good), maxlen=_WINDOW)
         return False
 
@@ -67,23 +75,34 @@ class Level:
         self.spikes.clear()
         self.good.append(value)
 
+    def forget(self) -> None:
+        """Nothing is normal yet."""
+        for values in (self.good, self.spikes, self.met):
+            values.clear()
+
+    def rolled_back(self, state: dict[str, list[float]]) -> None:
+        """What was good is again what the checkpoint knew; the spikes since are remembered."""
+        self.good = deque(state["good"], maxlen=_WINDOW)
+        self.met.extend(self.spikes)
+        self.spikes.clear()
+
     def state(self) -> dict[str, list[float]]:
         return {"good": list(self.good), "spikes": list(self.spikes)}
 
-    def load_state(self, state: dict[str, list[float]], with_spikes: bool) -> None:
+    def load_state(self, state: dict[str, list[float]]) -> None:
         self.good = deque(state["good"], maxlen=_WINDOW)
-        if with_spikes:
-            self.spikes = deque(state["spikes"], maxlen=_AGREEING)
+        self.spikes = deque(state["spikes"], maxlen=_AGREEING)
+        self.met.clear()  # a resume starts from a save
 
     def _sigma(self) -> float:
         mean = self.mean
         return max((sum((value - mean) ** 2 for value in self.good) / len(self.good)) ** 0.5, self._smallest_sigma)
 
-    def _is_new_level(self) -> bool:
+    def _is_new_level(self, spikes: list[float]) -> bool:
         return (
-            len(self.spikes) == _AGREEING
-            and max(self.spikes) - min(self.spikes) <= _ALIKE * self._sigma()
-            and max(self.spikes) - self.mean <= self._largest_rise
+            len(spikes) == _AGREEING
+            and max(spikes) - min(spikes) <= _ALIKE * self._sigma()
+            and max(spikes) - self.mean <= self._largest_rise
         )
 
 
@@ -94,7 +113,19 @@ class Guard:
         self.norm = Level(config.norm_spike_sigmas, smallest_sigma=0.2, largest_rise=math.log(10))  # of the logarithm
         self.trend = RouterTrend(config.router_factor)
         self.incidents = 0  # in a row
-        self.rollbacks = 0  # since the last save; a resume starts from a save, so it is no part of the state
+        # Both since the last save; a resume starts from a save, so they are no part of the state.
+        self.rollbacks, self.drifts = 0, 0
+        self.reads: list[int] | None = None  # what the phase of the last step reads
+
+    def turn_to(self, phase: Phase) -> None:
+        """The next step is of this phase. When it reads other text, or more or less of it, what was normal is not."""
+        reads = [phase.corpus, phase.sequence_length, phase.batch_tokens]
+        if self.reads not in (None, reads):
+            self.loss.forget()
+            self.norm.forget()
+            self.trend.begin_anew()
+            self.drifts = 0
+        self.reads = reads
 
     def judge(self, loss: float, grad_norm: float) -> Verdict:
         """Decide on one step before anything moves."""
@@ -104,10 +135,12 @@ class Guard:
             what = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
             return self._incident(what, self.config.nonfinite_action, "non-finite")
         size = math.log(max(grad_norm, 1e-30))
-        if self.loss.is_spike(loss):
+        # Both are asked: a new kind of text raises both, and each must come to know its new level.
+        high_loss, high_norm = self.loss.is_spike(loss), self.norm.is_spike(size)
+        if high_loss:
             what = f"loss {loss:.3f} after a recent mean of {self.loss.mean:.3f}"
             return self._incident(what, self.config.spike_action, "spike")
-        if self.norm.is_spike(size):
+        if high_norm:
             what = f"gradient norm {grad_norm:.3g} after a recent mean of {math.exp(self.norm.mean):.3g}"
             return self._incident(what, self.config.spike_action, "spike")
         self.incidents = 0
@@ -120,33 +153,43 @@ class Guard:
         troubles = self.trend.observe(counts, biases)
         if not troubles:
             return Verdict("update")
-        what, action = "; ".join(troubles), self.config.router_action
+        what, action = "; ".join(sentence for _, sentence in troubles), self.config.router_action
+        self.drifts += any(kind == DRIFT for kind, _ in troubles)
+        # Text decides where tokens go. A collapse is never the text's, however often it is met.
+        if action == "rollback" and self.drifts >= _AGREEING and all(kind == DRIFT for kind, _ in troubles):
+            what, action = f"{what}; met {self.drifts} times behind one checkpoint, so it is the text's", "alarm"
         return Verdict("alarm", what, "router") if action == "alarm" else self._incident(what, action, "router")
 
     def saved(self) -> None:
         """A checkpoint is being written: the run got past the one before it."""
-        self.rollbacks = 0
+        self.rollbacks, self.drifts = 0, 0
+        self.loss.met.clear()
+        self.norm.met.clear()
 
     def rolled_back(self, state: dict[str, Any]) -> None:
-        """What counts as normal is again what the checkpoint knew; the incidents and roll-backs stay counted."""
-        self._load_levels(state, with_spikes=False)
+        """What counts as normal is again what the checkpoint knew; incidents, roll-backs and spikes stay counted."""
+        self.loss.rolled_back(state["loss"])
+        self.norm.rolled_back(state["norm"])
+        self._load_rest(state)
 
     def state(self) -> dict[str, Any]:
         return {
             "loss": self.loss.state(),
             "norm": self.norm.state(),
             "trend": self.trend.state(),
+            "reads": self.reads,
             "incidents": self.incidents,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._load_levels(state, with_spikes=True)
-        self.incidents, self.rollbacks = state["incidents"], 0
+        self.loss.load_state(state["loss"])
+        self.norm.load_state(state["norm"])
+        self._load_rest(state)
+        self.incidents, self.rollbacks, self.drifts = state["incidents"], 0, 0
 
-    def _load_levels(self, state: dict[str, Any], with_spikes: bool) -> None:
-        self.loss.load_state(state["loss"], with_spikes)
-        self.norm.load_state(state["norm"], with_spikes)
+    def _load_rest(self, state: dict[str, Any]) -> None:
         self.trend.load_state(state["trend"])
+        self.reads = state["reads"]
 
     def _incident(self, what: str, action: str, kind: str) -> Verdict:
         self.incidents += 1

@@ -75,6 +75,7 @@ def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, sh
         batches = next_microbatches(state.loader, phase, state.world)
         loaded = time.perf_counter() - started
         measured = accumulate(state, batches, config)
+        state.guard.turn_to(phase)
         verdict = state.guard.judge(measured.loss, measured.grad_norm)
         if verdict.action == "update":
             verdict = state.guard.judge_routing(measured.counts, state.model.expert_biases())
