@@ -1,10 +1,12 @@
 """The dry run of a plan: the real step of its layout walked without values (train/dryrun.py), beside the formulas."""
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 from trinity.base.units import show_bytes, show_seconds
 from trinity.cli.plan_text import aligned
+from trinity.config.phases import ExtensionConfig
 from trinity.config.run import RunConfig
 from trinity.plan.layout import Layout
 from trinity.report.page import Table
@@ -22,6 +24,7 @@ def rehearsed(run: RunConfig, chosen: dict[str, Any], rank: int) -> dict[str, An
     layout = Layout(**{name: chosen[name] for name in Layout._fields})
     placed = ("replicate", "shard", "context", "expert", "remat", "precision")
     settings = [f"parallel.{name}={getattr(layout, name)}" for name in placed]
+    run = replace(run, phases=(), extension=ExtensionConfig())  # the step of the plan: phases may have others
     run = override(run, [*settings, f"train.microbatch_rows={layout.microbatch_rows}", "parallel.device=cpu"])
     with progress(f"dry run of {run.name}", _PARTS) as advance:
         shown = 0

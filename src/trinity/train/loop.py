@@ -23,6 +23,7 @@ from trinity.parallel.mesh import World, device_of
 from trinity.train import settings
 from trinity.train.duties import Duties, Progress, due
 from trinity.train.evidence import Incident
+from trinity.train.room import refuse_what_cannot_fit
 from trinity.train.saver import Saver
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update, drop_update, learning_rates
@@ -163,6 +164,7 @@ def prepare(
     agree({"data": loader.data_fingerprint, "tokenizer": loader.tokenizer.fingerprint})
     peers.first(lambda: _make_ready(run, config, loader, data, world))
     changed = settings.changes(run, config, loader)
+    refuse_what_cannot_fit(config, world, say)
     state = TrainState.fresh(config, loader, world)
     newest = newest_good(run, say, peers)
     if newest is not None:
