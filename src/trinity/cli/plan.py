@@ -83,7 +83,7 @@ def planned(options: argparse.Namespace) -> dict[str, Any]:
     if options.dry_run:
         from trinity.cli.plan_dry import rehearsed
 
-        found["dry_run"] = rehearsed(run, found["layout"], options.rank)
+        found["dry_run"] = rehearsed(run, found, options.rank)
     return found
 
 

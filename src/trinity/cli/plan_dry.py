@@ -1,30 +1,30 @@
 """The dry run of a plan: the real step of its layout walked without values (train/dryrun.py), beside the formulas."""
 
 from collections import defaultdict
-from dataclasses import replace
 from typing import Any
 
 from trinity.base.units import show_bytes, show_seconds
 from trinity.cli.plan_text import aligned
-from trinity.config.phases import ExtensionConfig
 from trinity.config.run import RunConfig
 from trinity.plan.layout import Layout
+from trinity.plan.stages import stages
 from trinity.report.page import Table
 
 WITHIN = 0.02  # share by which plan and dry run may differ
 _PARTS = 1000  # of the whole, for progress
 
 
-def rehearsed(run: RunConfig, chosen: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Walk a step of the layout `chosen` (fields of plan/layout.py) as process `rank`; figures beside the plan's."""
+def rehearsed(run: RunConfig, plan: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Walk a step of the longest stage of a plan (cli/plan_figures.py) as process `rank`; figures beside the plan's."""
     from trinity.config.load import override
     from trinity.data.progress import progress
     from trinity.train.dryrun import rehearse
 
-    layout = Layout(**{name: chosen[name] for name in Layout._fields})
+    main = max(plan["stages"], key=lambda stage: stage["days"])["name"]
+    run = next(stage.run for stage in stages(run) if stage.name == main)
+    layout = Layout(**{name: plan["layout"][name] for name in Layout._fields})
     placed = ("replicate", "shard", "context", "expert", "remat", "precision")
     settings = [f"parallel.{name}={getattr(layout, name)}" for name in placed]
-    run = replace(run, phases=(), extension=ExtensionConfig())  # the step of the plan: phases may have others
     run = override(run, [*settings, f"train.microbatch_rows={layout.microbatch_rows}", "parallel.device=cpu"])
     with progress(f"dry run of {run.name}", _PARTS) as advance:
         shown = 0
