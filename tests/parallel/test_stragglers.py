@@ -16,6 +16,7 @@ from trinity.train.stragglers import IN_A_ROW, Probe, Stragglers
 from trinity.train.watch import Watch
 
 SIZE, EVERY = 2, 4
+PHASE = recipe("debug").course[0]
 
 
 def _as_rank(rank: int, folder: str, body: Callable) -> None:
@@ -83,10 +84,10 @@ def test_a_process_whose_data_is_slow_is_named_when_it_matters(tmp_path):
 def watched(world: World, folder: Path) -> list:
     config = TrainConfig(tokens=1, batch_tokens=1, microbatch_rows=1, probe_every=EVERY, straggler_factor=2.0)
     with Watch(folder, config, world, print) as watch:
-        watch.opened(0, 0)
+        watch.begins(PHASE, 0, 0)
         found = []
         for step in range(1, 41):
-            found += watch.stepped(step, step, 3.0, 0.5 if world.rank == 1 else 0.01, 1.0)
+            found += watch.stepped(PHASE, step, step, 3.0, 0.5 if world.rank == 1 else 0.01, 1.0)
     return [tuple(incident[:3]) for incident in found]
 
 

@@ -128,6 +128,26 @@ def test_the_page_of_a_run(record_run: Record, tmp_path: Path):
         assert told in text, told
 
 
+@pytest.mark.parametrize(
+    ("beat", "told"),
+    [
+        ({"state": "running", "doing": "saving", "phase": "wide", "reason": ""}, ["running", "saving in phase 'wide'"]),
+        ({"state": "halted", "doing": "", "phase": "wide", "reason": "loss <nan>"}, ["halted", "loss <nan>"]),
+        ({"state": "finished", "doing": "", "reason": ""}, ["finished"]),
+    ],
+)
+def test_the_page_of_a_run_shows_its_last_sign_of_life(record_run: Record, tmp_path: Path, beat: dict, told: list[str]):
+    folder = record_run(tmp_path / "run", 3)
+    assert not [figure for figure in key_figures(read_run(folder)) if figure.label == "last sign of life"]
+    (folder / "heartbeat.json").write_text(json.dumps({**beat, "time": "2026-01-01T00:00:00+00:00"}))
+    run = read_run(folder)
+    text = " ".join(check_self_contained(render_page("run", sections_of_run(run), "", key_figures(run))).text)
+    for part in ("last sign of life", "2026-01-01T00:00:00+00:00", *told):
+        assert part in text, part
+    (folder / "heartbeat.json").write_text("{half")
+    assert read_run(folder).heartbeat == {}
+
+
 def test_runs_side_by_side(record_run: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     a, b = record_run(tmp_path / "a", 20), record_run(tmp_path / "b", 25, "train.seed=3", "optim.muon_lr=0.5")
     assert main(["report", str(a), str(b), "--out", str(tmp_path / "page.html"), "--json"]) == 0

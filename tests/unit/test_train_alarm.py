@@ -1,5 +1,6 @@
 """Alarms reach a real program and a real server, and no failure of theirs reaches the run."""
 
+import errno
 import json
 import logging
 import math
@@ -156,6 +157,45 @@ def test_a_way_that_fails_is_complained_of_once_and_the_others_go_on():
     assert len(sent) == 3
 
 
+def test_nobody_to_complain_to_and_a_way_that_raises_lose_no_alarm():
+    sent, now = [], [0.0]
+
+    def gone(_: str) -> None:
+        raise OSError(errno.EPIPE, "Broken pipe")
+
+    def raises(_: bytes) -> str:
+        raise ValueError(SECRET)
+
+    ways = [Channel("the webhook", lambda _: "it answered 500"), Channel("a broken one", raises),
+            Channel("a list", lambda m: sent.append(m) or "")]  # fmt: skip
+    pager = Pager(ways, 0, gone, lambda: now[0])
+    for _ in range(3):
+        now[0] += 1
+        assert pager.tell(an_alarm())
+    pager.close()
+    assert len(sent) == 3
+    said: list[str] = []
+    pager = Pager(ways, 0, said.append)
+    pager.tell(an_alarm())
+    pager.close()
+    assert "a broken one: it failed (ValueError)" in said[1] and SECRET not in "".join(said)
+
+
+def test_an_alarm_too_many_is_not_claimed_to_be_sent(monkeypatch):
+    monkeypatch.setattr("trinity.train.alarm._WAITING", 2)
+    go, begun, now = threading.Event(), threading.Event(), [0.0]
+    pager = Pager([Channel("a slow one", lambda _: begun.set() or str(go.wait(20) and ""))], 0, pytest.fail,
+                  lambda: now[0])  # fmt: skip
+    told = []
+    for _ in range(4):
+        now[0] += 1
+        told.append(pager.tell(an_alarm()))
+        assert begun.wait(20)
+    go.set()
+    pager.close()
+    assert told == [True, True, True, False]
+
+
 def test_closing_waits_for_what_is_under_way_but_not_for_ever():
     go = threading.Event()
     pager = Pager([Channel("a deaf one", lambda _: str(go.wait(20) and ""))], 15, pytest.fail)
@@ -222,7 +262,7 @@ def test_a_refusing_disk_and_a_crash_are_told(tmp_path, monkeypatch, error, kind
     with Server([200]) as server:
         monkeypatch.setenv(WEBHOOK, server.address)
         with pytest.raises(type(error)), Watch(tmp_path, recipe("debug").train, World.alone(), pytest.fail) as watch:
-            watch.opened(3, 3072)
+            watch.begins(recipe("debug").course[0], 3, 3072)
             raise error
     assert [(got["kind"], got["step"], got["sentence"]) for got in server.got] == [(kind, 3, str(error))]
 

@@ -2,10 +2,12 @@
 
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from trinity.base.errors import StorageError, TrainingHalted
 from trinity.base.run import read_lines
 from trinity.config.load import override
+from trinity.config.phases import PhaseConfig
 from trinity.parallel.mesh import World
 from trinity.recipes.table import recipe
 from trinity.train import heartbeat, loop
@@ -174,8 +177,8 @@ def config(*settings):
 def test_the_last_heartbeat_says_how_the_run_ended(tmp_path, error, state):
     try:
         with Watch(tmp_path, config().train, World.alone(), pytest.fail) as watch:
-            watch.opened(4, 4096)
-            watch.stepped(5, 5120, 3.0, 0.1, 0.5)
+            watch.begins(config().course[0], 4, 4096)
+            watch.stepped(config().course[0], 5, 5120, 3.0, 0.1, 0.5)
             if error:
                 raise error
     except BaseException as met:
@@ -192,3 +195,28 @@ def test_a_real_run_leaves_a_finished_heartbeat_and_a_refused_one_none(debug_dat
     with pytest.raises(Exception, match=r"There is no|not"):
         loop.train(config(), tmp_path / "nothing", tmp_path / "refused", lambda _: None, lambda _: None)
     assert not (tmp_path / "refused" / "heartbeat.json").exists()
+
+
+def test_the_heartbeat_knows_the_phase_and_no_negative_speed(debug_data, tmp_path, monkeypatch):
+    """The loss of step 4 is NaN: back to step 2, in the phase before."""
+    beats, original, accumulate, calls = [], Heartbeat.beat, loop.accumulate, iter(range(1, 100))
+
+    def beat(self, **values):
+        beats.append(values)
+        original(self, **values)
+
+    def poisoned(*arguments):
+        measured = accumulate(*arguments)
+        return measured._replace(loss=math.nan) if next(calls) == 4 else measured
+
+    monkeypatch.setattr(Heartbeat, "beat", beat)
+    monkeypatch.setattr(loop, "accumulate", poisoned)
+    wide = PhaseConfig(name="wide", from_tokens=3072, batch_tokens=2048)
+    settings = config("train.tokens=9K", "train.save_every_tokens=2048", "train.nonfinite_action=rollback")
+    loop.train(replace(settings, phases=(wide,)), debug_data, tmp_path / "run", lambda _: None, lambda _: None)
+    steps = [(values["phase"], values["step"]) for values in beats if "tokens_per_second" in values]
+    assert steps == [("pretraining", step) for step in (1, 2, 3, 3)] + [("wide", step) for step in (4, 5, 6)]
+    assert all(values["tokens_per_second"] > 0 for values in beats if "tokens_per_second" in values)
+    assert any((values["phase"], values["step"], values.get("doing")) == ("wide", 3, "starting") for values in beats), (
+        "the first step of a phase has the patience of a first step"
+    )

@@ -2,6 +2,7 @@
 
 config.json      the resolved configuration and its fingerprint
 metrics.jsonl    one JSON object a line; every line carries "kind" (step, evaluation, sample, guard, ...) and "step"
+heartbeat.json   what the run is doing right now, or how it ended
 lineage.json     what the run was made from
 checkpoints/     see ckpt/folder.py
 """
@@ -16,6 +17,7 @@ from trinity.base.durable import refusing_disk, write_durably
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
+HEARTBEAT = "heartbeat.json"
 
 
 class MetricsLog:

@@ -7,7 +7,7 @@ from typing import Any
 
 from trinity.base.errors import DataError
 from trinity.base.lineage import read_lineage
-from trinity.base.run import CONFIG, METRICS, read_lines
+from trinity.base.run import CONFIG, HEARTBEAT, METRICS, read_lines
 
 Row = dict[str, Any]
 
@@ -25,6 +25,7 @@ class RunRecord:
     samples: list[Row] = field(default_factory=list)
     guards: list[Row] = field(default_factory=list)
     resumes: list[Row] = field(default_factory=list)
+    heartbeat: Row = field(default_factory=dict)  # empty where the run has left none
 
     def column(self, name: str, kind: str = "steps") -> tuple[list[float], list[float]]:
         """(tokens seen, value) of every row that holds `name` as a finite number."""
@@ -70,17 +71,24 @@ def read_run(folder: Path) -> RunRecord:
         folder=folder,
         config=_config(folder / CONFIG),
         lineage=read_lineage(folder),
+        heartbeat=_read_object(folder / HEARTBEAT),
         **tables,
     )
 
 
 def _config(path: Path) -> dict[str, Any]:
     """The settings of a run, without the fingerprint beside them; empty where there is no readable config.json."""
+    found = _read_object(path)
+    return found.get("config", found)
+
+
+def _read_object(path: Path) -> Row:
+    """What is written in a JSON file; empty where there is no readable one."""
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
-    return found.get("config", found) if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_number(value: Any) -> bool:

@@ -32,7 +32,18 @@ def key_figures(run: RunRecord) -> list[KeyFigure]:
         found.append(KeyFigure(value=f"{violation:.2f}", label="MaxVio", note="0 is perfect balance"))
     if (dead := run.last("dead_experts")) is not None:
         found.append(KeyFigure(value=f"{int(dead)}", label="dead experts", note="in the last step, all layers"))
+    if run.heartbeat:
+        found.append(_last_sign_of_life(run.heartbeat))
     return found
+
+
+def _last_sign_of_life(beat: Row) -> KeyFigure:
+    """What the run was doing when it last said so, or how and why it ended."""
+    state = str(beat.get("state", "unknown"))
+    told = str(beat.get("doing" if state == "running" else "reason") or "")
+    where = f"in phase '{beat['phase']}'" if beat.get("phase") and state == "running" else ""
+    note = ", ".join(part for part in (str(beat.get("time", "")), " ".join([told, where]).strip()) if part)
+    return KeyFigure(value=state, label="last sign of life", note=note)
 
 
 def sections_of_run(run: RunRecord, files: Sequence[FileBits] = ()) -> list[Section]:

@@ -157,7 +157,7 @@ class Pager:
         self._thread: threading.Thread | None = None
 
     def tell(self, alarm: Alarm) -> bool:
-        """Send in the background; whether it was not held back."""
+        """Send in the background; whether it was neither held back nor dropped because too many wait."""
         if not self._ways:
             return False
         with self._lock:
@@ -171,8 +171,10 @@ class Pager:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="pager", daemon=True)
                 self._thread.start()
-        with suppress(queue.Full):
+        try:
             self._queue.put_nowait(message)
+        except queue.Full:
+            return False
         return True
 
     def close(self, seconds: float = 60.0) -> None:
@@ -187,10 +189,19 @@ class Pager:
     def _work(self) -> None:
         while (message := self._queue.get()) is not None:
             for way in self._ways:
-                problem = way.send(message)
-                if problem and way.name not in self._complained:
-                    self._complained.add(way.name)
-                    self._say(f"An alarm was not delivered by {way.name}: {problem}. The run goes on.")
+                try:
+                    self._send(way, message)
+                except Exception:  # say has nowhere to write, most likely; alarms to come must still go out
+                    continue
+
+    def _send(self, way: Channel, message: bytes) -> None:
+        try:
+            problem = way.send(message)
+        except Exception as error:  # a way is foreign code; its text may hold a secret
+            problem = f"it failed ({type(error).__name__})"
+        if problem and way.name not in self._complained:
+            self._complained.add(way.name)
+            self._say(f"An alarm was not delivered by {way.name}: {problem}. The run goes on.")
 
 
 def ring(alarm: Alarm, ways: list[Channel]) -> dict[str, Any]:

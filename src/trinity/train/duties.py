@@ -189,7 +189,8 @@ class Duties:
         self.say(f"step {state.step}: {name} checkpoint kept at {state.tokens:,} tokens")
 
     def begin_phase(self, state: TrainState, phase: Phase) -> None:
-        """Log and say what the next step begins."""
+        """Log, say and show what the next step begins."""
+        self.watch.begins(phase, state.step, state.tokens)
         self.metrics.write(
             "phase",
             state.step,

@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-HEARTBEAT = "heartbeat.json"
+from trinity.base.run import HEARTBEAT
+
 _SHORTEST = 1.0  # seconds between two of them, unless what the run is doing changed
 
 

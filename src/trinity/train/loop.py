@@ -49,7 +49,7 @@ def train(
     with only_user_of(run) if world.is_first else nullcontext(), Watch(run, config.train, world, say) as watch:
         saver = Saver(run, config, world)
         state, changed = prepare(config, data, run, say, world, saver.peers)
-        watch.opened(state.step, state.tokens)
+        watch.begins(config.phase_at(state.tokens), state.step, state.tokens)
         duties = Duties(run, data, state.loader.tokenizer, config, state.step, say, world, saver, watch)
         try:
             if changed:
@@ -105,7 +105,7 @@ def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, sh
         if verdict.action != "update":
             duties.incident(state.step, incident)
         seconds = time.perf_counter() - started
-        for other in duties.watch.stepped(state.step, state.tokens, measured.loss, loaded, seconds):
+        for other in duties.watch.stepped(phase, state.step, state.tokens, measured.loss, loaded, seconds):
             duties.incident(state.step, other)
         _do_duties(state, config, duties, before)
 

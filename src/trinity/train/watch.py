@@ -1,12 +1,12 @@
 """All that looks after one process of a run beside its arithmetic: heartbeat, hang alarm, stragglers, and the pager.
 
     with Watch(run, config.train, world, say) as watch:
-        watch.opened(step, tokens)
-        for incident in watch.stepped(step, tokens, loss, loading, seconds): ...
+        watch.begins(phase, step, tokens)
+        for incident in watch.stepped(phase, step, tokens, loss, loading, seconds): ...
         with watch.doing("evaluating"): ...
 
 Leaving the block tells how the run ended. Process 0 speaks for the run; a hang or a crash is told by whoever meets it.
-Until the run is opened nothing is written into its folder: a command that is refused leaves it as it was.
+Until its first phase begins nothing is written into its folder: a command that is refused leaves it as it was.
 """
 
 import math
@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from trinity.base.errors import StorageError, TrainingHalted, UsageError
+from trinity.config.phases import Phase
 from trinity.config.train import TrainConfig
 from trinity.parallel.mesh import World
 from trinity.train.alarm import WEBHOOK, Alarm, Pager, channels, ring
@@ -48,7 +49,7 @@ class Watch:
         self._heartbeat = Heartbeat(run, world.size, say) if world.is_first else None
         self._hang = HangAlarm(run, world.rank, config.hang_minutes, self._hanging)
         self._stragglers = Stragglers(world, config.probe_every, config.straggler_factor)
-        self._step = self._tokens = 0
+        self._phase, self._step, self._tokens = "", 0, 0
         self._doing, self._opened = "opening", False
         self._hung: list[str] = []  # told by the thread, logged by the loop when it goes on
 
@@ -69,9 +70,10 @@ class Watch:
             self._failed(error)
         self._pager.close()
 
-    def opened(self, step: int, tokens: int) -> None:
-        """The run is this process's to go on with, from here."""
-        self._step, self._tokens, self._doing, self._opened = step, tokens, "starting", True
+    def begins(self, phase: Phase, step: int, tokens: int) -> None:
+        """The run, or a phase of it, is this process's to go on with from here. Its first step may take long."""
+        self._phase, self._step, self._tokens = phase.name, step, tokens
+        self._doing, self._opened = "starting", True
         self._beat()
 
     @contextmanager
@@ -83,11 +85,14 @@ class Watch:
         self._doing = before
         self._beat()
 
-    def stepped(self, step: int, tokens: int, loss: float, loading: float, stepping: float) -> list[Incident]:
-        """A step was finished, which took `stepping` seconds in all and `loading` for its data; what is to be logged of
-        stragglers, and of a hang that is over. Called by every process after every step, also a skipped one."""
-        speed = round((tokens - self._tokens) / stepping, 1)
-        self._step, self._tokens, self._doing = step, tokens, STEPPING
+    def stepped(
+        self, phase: Phase, step: int, tokens: int, loss: float, loading: float, stepping: float
+    ) -> list[Incident]:
+        """A step of `phase` was finished, which took `stepping` seconds in all and `loading` for its data; what is to
+        be logged of stragglers, and of a hang that is over. Called by every process after every step, also a skipped
+        one."""
+        speed = round(phase.batch_tokens / stepping, 1)
+        self._phase, self._step, self._tokens, self._doing = phase.name, step, tokens, STEPPING
         self._beat(loss=loss if math.isfinite(loss) else None, tokens_per_second=speed)
         slow = self._stragglers.observe(loading, stepping)
         hung, self._hung = self._hung, []
@@ -102,11 +107,14 @@ class Watch:
     def _beat(self, **values: object) -> None:
         self._hang.beat(self._doing)
         if self._heartbeat and self._opened:
-            self._heartbeat.beat(step=self._step, tokens=self._tokens, doing=self._doing, **values)
+            self._heartbeat.beat(**self._place(), doing=self._doing, **values)
 
     def _end(self, state: str, reason: str) -> None:
         if self._heartbeat and self._opened:
-            self._heartbeat.beat(step=self._step, tokens=self._tokens, doing="", state=state, reason=reason)
+            self._heartbeat.beat(**self._place(), doing="", state=state, reason=reason)
+
+    def _place(self) -> dict[str, object]:
+        return {"phase": self._phase, "step": self._step, "tokens": self._tokens}
 
     def _made(self, kind: str, sentence: str, action: str) -> Alarm:
         return made_alarm(kind, sentence, action, self._run, self._step, self._tokens, self._world.rank)
