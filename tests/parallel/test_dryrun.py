@@ -30,6 +30,7 @@ from trinity.train.state import TrainState
 from trinity.train.storages import Storages
 from trinity.train.traffic import Traffic
 
+PEAK = 0.02  # of one process; a stretch with a halo holds up to 1.9 % more in a real forward pass, the others equal
 CASES = [pytest.param(size, settings, precision, id=f"{size} processes, {name}, {precision}",
                       marks=() if name in EVERY_TIME and (precision == "float32") == (size == 2) else pytest.mark.slow)
          for size, layouts in LAYOUTS.items() for name, settings in layouts.items()
@@ -54,7 +55,9 @@ def figures(found: Rehearsal) -> dict:
     return {
         "sent": {f"{kind.purpose}, {kind.collective}": [sent.bytes, sent.in_backward, sent.calls]
                  for kind, sent in found.sent.items()},
-        "peaks": {stage: found.peaks[stage].bytes for stage in ("forward", "loss", "backward", "update")},
+        # Without the rows: a rehearsal has only those it walks.
+        "peaks": {stage: found.peaks[stage].bytes - found.peaks[stage].parts.get("rows", 0)
+                  for stage in ("forward", "loss", "backward", "update")},
         "held": found.held,
     }  # fmt: skip
 
@@ -92,7 +95,7 @@ def test_a_rehearsal_takes_what_a_real_step_takes(settings, debug_data, tmp_path
         assert dry["sent"] == real["sent"]
         assert dry["held"] == real["held"]
         for stage, size in real["peaks"].items():
-            assert dry["peaks"][stage] == pytest.approx(size, rel=5e-3), stage  # documents differ
+            assert dry["peaks"][stage] == pytest.approx(size, rel=PEAK), stage
 
 
 def test_forced_balance_gives_every_expert_as_many_rows():
