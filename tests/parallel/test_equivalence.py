@@ -43,47 +43,43 @@ LAYOUTS = {
     },
 }  # fmt: skip
 EVERY_TIME = {"fsdp 2", "ep 2", "cp 2", "ep 2, remat", "cp 4", "hsdp 2 x 1, cp 2, ep 2, remat"}  # the others are slow
-CASES = [
-    pytest.param((size, name), id=f"{size} processes, {name}", marks=() if name in EVERY_TIME else pytest.mark.slow)
-    for size, layouts in LAYOUTS.items()
-    for name in layouts
-]
 
 
-@pytest.fixture(scope="module")
-def alone(debug_data):
+def some(size: int, every_time: bool) -> list[str]:
+    return [name for name in LAYOUTS[size] if (name in EVERY_TIME) == every_time]
+
+
+@pytest.mark.parametrize(
+    ("size", "names"),
+    [
+        pytest.param(2, some(2, True), id="2 processes"),
+        pytest.param(4, some(4, True), id="4 processes"),
+        pytest.param(2, some(2, False), id="2 processes, the others", marks=pytest.mark.slow),
+        pytest.param(4, some(4, False), id="4 processes, the others", marks=pytest.mark.slow),
+    ],
+)
+def test_layouts_learn_what_one_process_learns(size: int, names: list[str], debug_data, tmp_path):
+    """The processes of one size are started once for all their layouts."""
     torch.set_num_threads(1)
-    return three_steps(small(), debug_data, World.alone())
+    alone = three_steps(small(), debug_data, World.alone())
+    layouts = [LAYOUTS[size][name] for name in names]
+    in_processes(size, write_steps, debug_data, tmp_path, layouts, [free_port() for _ in layouts])
+    for name, settings in zip(names, layouts, strict=True):
+        compare(name, torch.load(tmp_path / f"{'_'.join(settings)}.pt", weights_only=True), alone)
 
 
-@pytest.fixture(scope="module")
-def spread(request, debug_data, tmp_path_factory):
-    """Results of the layouts that this run of the tests asks for: the processes of one size are started once."""
-    wanted = {item.callspec.params["case"] for item in request.session.items if item.path == request.path}
-    out = tmp_path_factory.mktemp("steps")
-    for size, layouts in LAYOUTS.items():
-        chosen = [settings for name, settings in layouts.items() if (size, name) in wanted]
-        in_processes(size, write_steps, debug_data, out, chosen, [free_port() for _ in chosen])
-    return {(size, name): _read(out, LAYOUTS[size][name]) for size, name in wanted}
-
-
-def _read(out: Path, settings: list[str]):
-    return torch.load(out / f"{'_'.join(settings)}.pt", weights_only=True)
+def compare(name: str, found: dict, alone: dict) -> None:
+    for step in range(STEPS):
+        assert torch.equal(found["counts"][step], alone["counts"][step]), f"{name}: counts of step {step + 1}"
+        expected = pytest.approx(alone["measured"][step], rel=FIGURE, abs=ABSOLUTE)
+        assert found["measured"][step] == expected, f"{name}: figures of step {step + 1}"
+    gradients = {key: difference(value, alone["gradients"][key]) for key, value in found["gradients"].items()}
+    weights = {key: difference(value, alone["weights"][key]) for key, value in found["weights"].items()}
+    worst = max(gradients, key=gradients.__getitem__), max(weights, key=weights.__getitem__)
+    print(f"{name}: gradients {gradients[worst[0]]:.1e} ({worst[0]}), weights {weights[worst[1]]:.1e} ({worst[1]})")
+    assert gradients[worst[0]] < GRADIENT, f"{name}: {worst[0]}"
+    assert weights[worst[1]] < WEIGHT, f"{name}: {worst[1]}"
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_layout_learns_what_one_process_learns(case, alone, spread):
-    found = spread[case]
-    for step in range(STEPS):
-        assert torch.equal(found["counts"][step], alone["counts"][step]), f"counts of step {step + 1}"
-        assert found["measured"][step] == pytest.approx(alone["measured"][step], rel=FIGURE, abs=ABSOLUTE)
-    gradients = {name: difference(g, alone["gradients"][name]) for name, g in found["gradients"].items()}
-    weights = {name: difference(w, alone["weights"][name]) for name, w in found["weights"].items()}
-    worst = max(gradients, key=gradients.__getitem__), max(weights, key=weights.__getitem__)
-    print(f"{case[1]}: gradients {gradients[worst[0]]:.1e} ({worst[0]}), weights {weights[worst[1]]:.1e} ({worst[1]})")
-    assert gradients[worst[0]] < GRADIENT, worst[0]
-    assert weights[worst[1]] < WEIGHT, worst[1]

@@ -1,6 +1,7 @@
 """Runs a function in several real processes over gloo, one process group for all of them, bounded in time."""
 
 import os
+import random
 import socket
 import time
 from collections.abc import Callable
@@ -30,9 +31,16 @@ def in_processes(size: int, function: Callable[..., None], *arguments: Any, seco
 
 
 def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
+    """A port to listen on, below those that the system lends to connections: nobody takes it in the meantime."""
+    choose = random.SystemRandom()  # tests begin with equal seeds, also those of other workers
+    while True:
+        port = choose.randrange(15_000, 30_000)
+        with socket.socket() as listening:
+            try:
+                listening.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def _enter(rank: int, size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -27,6 +27,7 @@ from trinity.base.errors import ConfigError
 from trinity.base.lineage import code_version
 from trinity.config.load import config_fingerprint
 from trinity.config.parallel import ParallelConfig
+from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
 from trinity.parallel.agree import agree
 from trinity.parallel.rendezvous import room_of_this_start
@@ -136,13 +137,7 @@ def layout(config: RunConfig, size: int) -> Layout:
             "layers need.",
             "Choose parallel.context as a divisor of model.num_attention_heads.",
         )
-    for phase in config.course:
-        if phase.sequence_length % parallel.context:
-            raise ConfigError(
-                f"Rows of {phase.sequence_length} tokens cannot be cut evenly for {parallel.context} context ranks.",
-                f"Choose parallel.context as a divisor of the row's length in phase '{phase.name}'.",
-            )
-        phase.microbatches(parallel.replicate * shard)
+    check_rows(config.course[0], parallel.context, parallel.replicate * shard)
     return Layout(
         replicate=parallel.replicate,
         shard=shard,
@@ -150,6 +145,28 @@ def layout(config: RunConfig, size: int) -> Layout:
         expert=parallel.expert,
         expert_shard=fsdp // parallel.expert,
     )
+
+
+def misfits(config: RunConfig, world: World) -> list[str]:
+    """What is wrong with later phases under this layout: a run may reach them under another (longer rows, say)."""
+    found = []
+    for phase in config.course[1:]:
+        try:
+            check_rows(phase, world.context_size, world.data_size)
+        except ConfigError as error:
+            found.append(error.what)
+    return found
+
+
+def check_rows(phase: Phase, context: int, readers: int) -> None:
+    """A ConfigError where `readers` processes, or the `context` ranks of a row, cannot share a phase's rows evenly."""
+    if phase.sequence_length % context:
+        raise ConfigError(
+            f"Rows of {phase.sequence_length} tokens (phase '{phase.name}') cannot be cut evenly for {context} context "
+            "ranks.",
+            "Choose parallel.context as a divisor of the tokens of a row.",
+        )
+    phase.microbatches(readers)
 
 
 @contextmanager

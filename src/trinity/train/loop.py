@@ -19,7 +19,7 @@ from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
 from trinity.data.loader import Batch, Loader
 from trinity.parallel.agree import agree
-from trinity.parallel.mesh import World, device_of
+from trinity.parallel.mesh import World, check_rows, device_of, misfits
 from trinity.train import settings
 from trinity.train.duties import Duties, Progress, due
 from trinity.train.evidence import Incident
@@ -112,6 +112,7 @@ def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, sh
 
 def next_microbatches(loader: Loader, phase: Phase, world: World) -> list[Batch]:
     """This process's microbatches of the next step. Each holds the same rows whatever the number of processes."""
+    check_rows(phase, world.context_size, world.data_size)
     loader.turn_to(phase.corpus, phase.sequence_length)
     rounds = phase.microbatches(world.data_size)
     return [loader.next_batch(phase.microbatch_rows, world.data_rank, world.data_size) for _ in range(rounds)]
@@ -127,9 +128,10 @@ def _do_duties(state: TrainState, config: RunConfig, duties: Duties, before: int
         if before < tokens <= state.tokens:
             with duties.watch.doing("saving"):
                 duties.save_named(state, name)
-    if not done and config.phase_at(state.tokens).begin == state.tokens:
+    turning = not done and config.phase_at(state.tokens).begin == state.tokens
+    if turning:
         duties.begin_phase(state, config.phase_at(state.tokens))
-    if done or due(config.train.save_every_tokens, before, state.tokens):
+    if done or turning or due(config.train.save_every_tokens, before, state.tokens):
         with duties.watch.doing("saving"):
             duties.save(state)
 
@@ -166,6 +168,8 @@ def prepare(
     changed = settings.changes(run, config, loader)
     refuse_what_cannot_fit(config, world, say)
     state = TrainState.fresh(config, loader, world)
+    for misfit in misfits(config, world):
+        say(f"later: {misfit} Go on from there under another layout (docs/guides/parallelism.md).")
     newest = newest_good(run, say, peers)
     if newest is not None:
         state.restore(newest, config, peers)
