@@ -75,6 +75,14 @@ class World:
             dist.all_reduce(values, group=self.dense["fsdp"].get_group())
         return values
 
+    def largest_of_replicas(self, value: torch.Tensor) -> torch.Tensor:
+        """The largest of the replicas' values of one scalar; NaN where one is, which a reduction might drop."""
+        if self.dense is None or self.dense["replicate"].size() == 1:
+            return value
+        found = [torch.empty_like(value) for _ in range(self.dense["replicate"].size())]
+        dist.all_gather(found, value, group=self.dense["replicate"].get_group())
+        return torch.stack(found).max()
+
     def sum_over_context(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over the processes that share rows, in place."""
         if self.context_size > 1:

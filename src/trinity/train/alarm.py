@@ -30,7 +30,7 @@ _WAITING = 100  # alarms that wait to be sent; more are dropped
 
 
 class Alarm(NamedTuple):
-    kind: str  # spike, non-finite, router, rollback, straggler, hang, halt, storage or test
+    kind: str  # spike, non-finite, router, replicas, straggler, hang, halt, storage or test
     sentence: str
     action: str  # what the run did about it
     run: str

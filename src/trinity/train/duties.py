@@ -20,6 +20,7 @@ from trinity.data.mix import HeldoutDocument
 from trinity.model.generate import continue_greedily
 from trinity.parallel.expert import dispatch_over
 from trinity.parallel.mesh import World
+from trinity.parallel.replicas import differing_shards
 from trinity.text.tokenizer import Tokenizer
 from trinity.train.board import Board
 from trinity.train.evaluate import score_documents, total
@@ -178,7 +179,18 @@ class Duties:
     def save(self, state: TrainState) -> None:
         """A checkpoint in the background; then the pointer moves, and the old ones go."""
         state.guard.saved()
+        self._compare_replicas(state)
         self._start_save(state, f"step-{state.step:08d}", newest=True)
+
+    def _compare_replicas(self, state: TrainState) -> None:
+        """Replicas drift apart unnoticed, so each save looks whether they have."""
+        shards = differing_shards(state.model, self.world)
+        if shards:
+            what = (
+                f"the weights of the replicas differ in {len(shards)} of their shards, the first of them {shards[0]}: "
+                "they learn different models. A resume makes them equal again"
+            )
+            self.incident(state.step, Incident("replicas", what, "alarm", {"shards": shards}))
 
     def save_named(self, state: TrainState, name: str) -> None:
         """A checkpoint under a name of its own, kept for good beside those of the steps.

@@ -90,9 +90,10 @@ def _clip(gradients: list[Tensor], largest: float, world: World) -> float:
     """Scale this process's gradients so that their global norm is at most `largest` (0: no bound); the norm before.
 
     Within one replica every value of a gradient is held once: dense ones by the shards, experts by their owners.
+    Replicas have the same gradients, but may add them up in another order; the largest norm makes all scale alike.
     """
     square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()  # pyright: ignore[reportPrivateImportUsage]
-    norm = float(world.sum_over_shards(square).sqrt())
+    norm = float(world.largest_of_replicas(world.sum_over_shards(square)).sqrt())
     if largest and math.isfinite(norm) and norm > largest:
         torch._foreach_mul_(gradients, largest / (norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
     return norm
