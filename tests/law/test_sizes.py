@@ -13,7 +13,7 @@ CEILINGS = {
     "align": 250,
     "audit": 1000,
     "balance": 280,
-    "base": 550,
+    "base": 640,
     "ckpt": 1300,
     "cli": 2600,
     "config": 900,

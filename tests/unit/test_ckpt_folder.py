@@ -19,6 +19,7 @@ from trinity.ckpt.folder import (
     OPTIMIZER,
     STATE,
     Staged,
+    abandon,
     newest_good,
     point_to,
     prune,
@@ -78,8 +79,8 @@ def spoil_the_manifest(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text("[")
 
 
-def add_a_file(checkpoint: Path) -> None:
-    (checkpoint / "more.bin").write_text("x")
+def add_a_shard(checkpoint: Path) -> None:
+    (checkpoint / MODEL / "more.safetensors").write_text("x")
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
@@ -87,7 +88,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     f"optimizer/{SHARD} was altered": flip_a_byte,
     "manifest.json is missing": lose_the_manifest,
     "manifest.json is not a manifest": spoil_the_manifest,
-    "more.bin is not in the manifest": add_a_file,
+    "model/more.safetensors is not in the manifest": add_a_shard,
 }
 
 
@@ -183,15 +184,20 @@ def test_a_tensor_that_is_missing_or_not_part_of_the_model_is_named(tmp_path: Pa
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch, number: int):
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full"), (errno.EIO, "disk failed: .* input/output error")],
+)
+def test_a_full_or_failing_disk_is_one_sentence_and_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch, number: int, said: str
+):
     save(tmp_path, 1)
 
     def failing(self, path, mode):
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", failing)
-    with pytest.raises(StorageError, match="disk is full") as caught:
+    with pytest.raises(StorageError, match=said) as caught:
         save(tmp_path, 2)
     assert caught.value.remedy
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
@@ -204,31 +210,91 @@ def test_only_the_newest_and_the_pre_anneal_checkpoint_stay(tmp_path: Path):
     for leftover in (".step-00000011.writing-12", ".step-00000010.retired-12"):
         (tmp_path / "checkpoints" / leftover).mkdir()
     (tmp_path / "checkpoints" / ".latest.writing-12").write_text("step-")
-    prune(tmp_path, keep=2)
+    prune(tmp_path, step_folders(tmp_path)[-1], keep=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         PRE_ANNEAL, "step-00000003", "step-00000010"]  # fmt: skip
-    prune(tmp_path, keep=5)
+    prune(tmp_path, step_folders(tmp_path)[-1], keep=5)
     assert len(step_folders(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_damaged_newer_checkpoints_never_count_and_go_when_a_good_one_stands(tmp_path: Path, keep: int):
+    """A run that went on from 90 beside damaged 100 and 110 saves 95."""
+    good, *damaged = (save(tmp_path, step) for step in (90, 100, 110))
+    for bad in damaged:
+        truncate(bad)
+    assert newest_good(tmp_path, lambda _: None) == good
+    for step in (95, 97):
+        saved = save(tmp_path, step)
+        assert newest_good(tmp_path, lambda _: None) == (saved if step == 97 else good.with_name("step-00000095"))
+        point_to(tmp_path, saved)
+        prune(tmp_path, saved, keep)
+        kept = [number for number in (90, 95, 97) if number <= step][-keep:]
+        assert [int(path.name[5:]) for path in step_folders(tmp_path)] == kept
+        assert newest_good(tmp_path, pytest.fail) == saved
+
+
+def test_pruning_spares_what_the_pointer_names(tmp_path: Path):
+    saved = [save(tmp_path, step) for step in (1, 2, 3)]
+    point_to(tmp_path, saved[0])
+    prune(tmp_path, saved[2], keep=1)
+    assert step_folders(tmp_path) == [saved[0], saved[2]]
+
+
+def test_an_abandoned_checkpoint_is_found_no_more_and_goes_when_another_stands(tmp_path: Path):
+    first, second = save(tmp_path, 4), save(tmp_path, 6)
+    point_to(tmp_path, second)
+    abandon(second, first)
+    assert newest_good(tmp_path, pytest.fail) == first
+    assert (tmp_path / "checkpoints" / LATEST).read_text() == first.name + "\n"
+    assert read_checkpoint(tmp_path / "checkpoints" / "abandoned-step-00000006").state["step"] == 6
+    again = save(tmp_path, 5)
+    point_to(tmp_path, again)
+    prune(tmp_path, again, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [LATEST, first.name, again.name]
+
+
+def test_files_that_nothing_reads_are_named_and_do_no_harm(tmp_path: Path):
+    """A network disk leaves .nfs files where something open was removed, people leave notes."""
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    strays = [second / MODEL / ".nfs0000000002a10b00000001", second / "notes.txt"]
+    for stray in strays:
+        stray.write_text("x")
+    said: list[str] = []
+    assert newest_good(tmp_path, said.append) == second != first
+    assert len(said) == 2 and all(any(str(stray) in sentence for sentence in said) for stray in strays)
+    for name, tensor in read_checkpoint(second).model.items():
+        assert torch.equal(tensor, build_model(MODEL_CONFIG, 2).state_dict()[name]), name
+    assert durable.unsealed_differences(second) == [
+        "model/.nfs0000000002a10b00000001 is not in the manifest", "notes.txt is not in the manifest"]  # fmt: skip
+
+
+def test_what_a_network_disk_keeps_of_removed_files_is_not_sealed(tmp_path: Path):
+    (tmp_path / "a").write_text("a")
+    (tmp_path / ".nfs01").write_text("x")
+    durable.seal(tmp_path)
+    (tmp_path / ".nfs01").unlink()
+    assert durable.unsealed_differences(tmp_path) == []
 
 
 def test_milestones_stay_for_good_whatever_goes_between_them(tmp_path: Path):
     """Every 250 tokens of checkpoints 100 tokens apart: those of 300, 500, 800, 1000 tokens; and the newest one."""
     for step in range(1, 13):
-        save(tmp_path, step)
-        prune(tmp_path, keep=1, keep_every_tokens=250)
+        prune(tmp_path, save(tmp_path, step), keep=1, keep_every_tokens=250)
     assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [3, 5, 8, 10, 12]
-    prune(tmp_path, keep=1, keep_every_tokens=500)
+    newest = step_folders(tmp_path)[-1]
+    prune(tmp_path, newest, keep=1, keep_every_tokens=500)
     assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [5, 10, 12]
     (tmp_path / "checkpoints" / "step-00000005" / STATE).write_text("[]")
-    prune(tmp_path, keep=1, keep_every_tokens=500)
+    prune(tmp_path, newest, keep=1, keep_every_tokens=500)
     assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [10, 12]
 
 
 def test_pruning_puts_back_what_a_kill_left_without_its_name(tmp_path: Path):
     kept = save(tmp_path, 1, PRE_ANNEAL)
-    save(tmp_path, 2)
+    newest = save(tmp_path, 2)
     kept.rename(kept.with_name(f".{PRE_ANNEAL}.retired-12"))
-    prune(tmp_path, keep=1)
+    prune(tmp_path, newest, keep=1)
     assert read_checkpoint(kept).state["step"] == 1
 
 

@@ -9,10 +9,9 @@ import shutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.distributed.checkpoint.filesystem import FileSystem
 
 from trinity.base.durable import seal
-from trinity.base.errors import ConfigError, DataError, StorageError, TrainingHalted
+from trinity.base.errors import ConfigError, DataError, TrainingHalted
 from trinity.base.run import read_lines
 from trinity.ckpt.folder import read_checkpoint
 from trinity.config.load import override
@@ -148,10 +147,10 @@ def test_a_divergence_after_a_checkpoint_is_not_rolled_back_without_end(debug_da
     # Steps 1-6, then again and again: step 7 is good, step 8 is not.
     Poison(monkeypatch, set(range(8, 100, 2)))
     settings = ("train.nonfinite_action=rollback", "train.max_incidents=3")
-    with pytest.raises(TrainingHalted, match="roll-back 3 to the same checkpoint"):
+    with pytest.raises(TrainingHalted, match="roll-back 3 without getting further"):
         run(debug_data, tmp_path / "run", *settings)
     Poison(monkeypatch, set(range(2, 100, 2)))
-    with pytest.raises(TrainingHalted, match="roll-back 3 to the same checkpoint"):  # a resume replays the same
+    with pytest.raises(TrainingHalted, match="roll-back 3 without getting further"):  # a resume replays the same
         run(debug_data, tmp_path / "run", *settings)
 
 
@@ -238,25 +237,6 @@ def test_a_rollback_without_a_checkpoint_stops(debug_data, tmp_path, monkeypatch
     Poison(monkeypatch, {2})
     with pytest.raises(TrainingHalted, match="no checkpoint to roll back to"):
         run(debug_data, tmp_path / "run", "train.nonfinite_action=rollback")
-
-
-def test_a_full_disk_while_saving_loses_nothing(debug_data, tmp_path, monkeypatch):
-    original, calls = FileSystem.create_stream, []
-
-    def full(self, path, mode):
-        calls.append(path)
-        if len(calls) == 3:  # the second checkpoint's weights
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(self, path, mode)
-
-    monkeypatch.setattr(FileSystem, "create_stream", full)
-    with pytest.raises(StorageError, match="disk is full"):
-        run(debug_data, tmp_path / "run")
-    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert saved == ["latest", "step-00000003"], "the first checkpoint is whole, nothing half written is left"
-    monkeypatch.setattr(FileSystem, "create_stream", original)
-    state, said, _ = run(debug_data, tmp_path / "run")
-    assert state.step == 12 and any("resuming" in sentence and "step 3" in sentence for sentence in said)
 
 
 def test_a_stopped_run_goes_on_with_another_guard(debug_data, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from trinity.base.units import show_bytes
 MANIFEST = "manifest.json"
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>writing|retired)-(?P<process>[0-9]+)(?:-[0-9a-f]+)?", re.DOTALL)
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+_NO_MANIFEST = (ValueError, KeyError, TypeError, AttributeError)  # what reading something else as one leads to
 _NOT_OFFERED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -44,6 +45,11 @@ def refusing_disk(target: Path) -> Iterator[None]:
             raise StorageError(
                 f"The disk is full: writing {target} failed with {show_bytes(free)} free.",
                 "Nothing saved before was touched. Free some space and run the same command again.",
+            ) from error
+        if error.errno == errno.EIO:
+            raise StorageError(
+                f"The disk failed: writing {target} gave an input/output error.",
+                "Nothing saved before was touched. See to the disk and run the same command again.",
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and _is_about(error, target):
             raise StorageError(
@@ -238,27 +244,33 @@ def seal(folder: Path, ignore: tuple[str, ...] = (), known: dict[str, Sealed] | 
     `known` holds entries that were made already, by relative name; files that are not there are hashed here.
     """
     known = known or {}
-    files = {
-        name: known[name] if name in known else sealed(folder / name)
-        for name in sorted({*listed_files(folder, ignore), *known})
-    }
+    # A network disk keeps what was removed while open as .nfs..., until it is closed: sealed, it would be missed later.
+    found = {name for name in listed_files(folder, ignore) if not name.rsplit("/", 1)[-1].startswith(".nfs")}
+    files = {name: known[name] if name in known else sealed(folder / name) for name in sorted({*found, *known})}
     write_json(folder / MANIFEST, {"files": files})
 
 
-def unsealed_differences(folder: Path, ignore: tuple[str, ...] = (), share: tuple[int, int] = (0, 1)) -> list[str]:
-    """What differs from the manifest, one sentence a file; empty when every byte is as it was sealed.
+def unsealed_differences(folder: Path, ignore: tuple[str, ...] = ()) -> list[str]:
+    """What differs from the manifest, one sentence a file; empty when every byte is as it was sealed and no file more
+    is there."""
+    changed = altered_files(folder)
+    try:
+        return changed + [f"{name} is not in the manifest" for name in strange_files(folder, ignore)]
+    except (OSError, *_NO_MANIFEST):
+        return changed
+
+
+def altered_files(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is missing or not as the manifest says, one sentence a file.
 
     `share` (n, of): look at every `of`-th file from the n-th on, largest first, where several processes share the work.
     """
     try:
-        promised = {
-            name: (entry["sha256"], entry["bytes"])
-            for name, entry in json.loads((folder / MANIFEST).read_text())["files"].items()
-        }
+        promised = _promised(folder)
         ordered = sorted(promised, key=lambda name: (-promised[name][1], name))
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except _NO_MANIFEST:
         return [f"{MANIFEST} is not a manifest"]
     differences = []
     for name in ordered[share[0] :: share[1]]:
@@ -270,8 +282,17 @@ def unsealed_differences(folder: Path, ignore: tuple[str, ...] = (), share: tupl
             differences.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
         elif sha256_file(path) != sha256:
             differences.append(f"{name} was altered (sha256 differs)")
-    extra = set(listed_files(folder, ignore)) - set(promised) if share[0] == 0 else set()
-    return differences + [f"{name} is not in the manifest" for name in sorted(extra)]
+    return differences
+
+
+def strange_files(folder: Path, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Relative names of the files that the manifest, which must be one, does not name."""
+    return sorted(set(listed_files(folder, ignore)) - set(_promised(folder)))
+
+
+def _promised(folder: Path) -> dict[str, tuple[str, int]]:
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    return {name: (entry["sha256"], entry["bytes"]) for name, entry in files.items()}
 
 
 def verify_seal(folder: Path, ignore: tuple[str, ...] = ()) -> None:

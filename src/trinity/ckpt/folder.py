@@ -5,6 +5,7 @@
                                   state.json   counters, guard and loader, equal on all processes
                                   manifest.json
     RUN/checkpoints/pre-anneal/      the same under a name, kept for good: what a TrueBase release is made from
+    RUN/checkpoints/abandoned-step-00000256/   what a roll-back left for an older one, until the next save stands
     RUN/checkpoints/latest           name of the newest checkpoint, for people and other programs
 
 A checkpoint is written aside by all processes, hashed, read back and compared, its experts are counted, and only then
@@ -24,13 +25,15 @@ from torch import Tensor
 
 from trinity.base.durable import (
     Sealed,
+    altered_files,
     begin_aside,
     finish_aside,
     recover,
     refusing_disk,
     sealed,
+    strange_files,
     sync_file,
-    unsealed_differences,
+    sync_folder,
     write_durably,
     write_json,
 )
@@ -42,6 +45,7 @@ from trinity.config.model import ModelConfig
 from trinity.model.init import build_on_meta
 
 MODEL, OPTIMIZER, STATE, LATEST = "model", "optimizer", "state.json", "latest"
+_ABANDONED = "abandoned-"
 
 
 class Checkpoint(NamedTuple):
@@ -143,17 +147,39 @@ def point_to(run: Path, checkpoint: Path) -> None:
     write_durably(run / "checkpoints" / LATEST, checkpoint.name + "\n")
 
 
-def prune(run: Path, keep: int, keep_every_tokens: int = 0) -> None:
-    """Remove old step checkpoints, and what a kill left half written. The run must be ours.
+def prune(run: Path, newest: Path, keep: int, keep_every_tokens: int = 0) -> None:
+    """Remove old step checkpoints now that `newest` stands, and what a kill left half written. The run must be ours.
 
-    What stays: the newest `keep`, and of the others the first one in every `keep_every_tokens` tokens (0: none).
+    What stays: `newest` with the `keep` - 1 before it; of those before these the first one in every
+    `keep_every_tokens` tokens (0: none); and what the pointer names. Step checkpoints of a higher number than what the
+    run has just written are those that it could not go on from, being damaged, or those that it abandoned: they never
+    count as kept ones, and go last, when a good one stands in their place.
     """
     recover(run / "checkpoints", alone=True)
     folders = step_folders(run)
-    for_good = set(_milestones(folders, keep_every_tokens)) if keep_every_tokens else set()
-    for folder in folders[:-keep]:
-        if folder not in for_good:
+    until = [folder for folder in folders if folder.name <= newest.name]
+    stay = {folder.name for folder in until[-keep:]} | {newest.name, _pointed_to(run)}
+    if keep_every_tokens:
+        stay |= {folder.name for folder in _milestones(until, keep_every_tokens)}
+    for folder in (*folders, *(run / "checkpoints").glob(f"{_ABANDONED}*")):
+        if folder.name not in stay:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _pointed_to(run: Path) -> str:
+    try:
+        return (run / "checkpoints" / LATEST).read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def abandon(folder: Path, older: Path) -> None:
+    """Go on from `older`: `folder` is taken out of the run's way without being lost, until the next save stands."""
+    point_to(folder.parent.parent, older)
+    aside = folder.with_name(_ABANDONED + folder.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    sync_folder(folder.parent)
 
 
 def _milestones(folders: list[Path], every: int) -> list[Path]:
@@ -178,19 +204,25 @@ def step_folders(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
-def newest_good(run: Path, warn: Callable[[str], None], peers: Peers = ALONE) -> Path | None:
+def newest_good(
+    run: Path, warn: Callable[[str], None], peers: Peers = ALONE, before: Path | None = None
+) -> Path | None:
     """The newest checkpoint whose bytes are as they were sealed, or None; bad ones are named through `warn`.
 
-    Several processes hash a share of the files each and find the same one. Raises CheckpointError when there are
-    checkpoints and every one of them is bad.
+    Several processes hash a share of the files each and find the same one. `before`: only of those older than that
+    one. Raises CheckpointError when there are checkpoints, of any age, and every one of them is bad.
     """
     folders = peers.share(step_folders(run))
     for folder in reversed(folders):
+        if before is not None and folder.name >= before.name:
+            continue
         differences = differences_of(folder, peers)
         if not differences:
+            for name in peers.share(strange_files(folder)):
+                warn(f"{folder / name} is no part of that checkpoint and is left alone.")
             return folder
         warn(f"Checkpoint {folder} is damaged ({'; '.join(differences)}) and is not used.")
-    if folders:
+    if folders and before is None:
         raise CheckpointError(
             f"Every checkpoint of {run} is damaged.", "Restore one from a copy, or start again with another --out."
         )
@@ -198,8 +230,18 @@ def newest_good(run: Path, warn: Callable[[str], None], peers: Peers = ALONE) ->
 
 
 def differences_of(folder: Path, peers: Peers = ALONE) -> list[str]:
-    """What of a checkpoint is not as it was sealed; the same list on all processes."""
-    own = peers.together(lambda: unsealed_differences(folder, share=(peers.rank, peers.size)))
+    """What of a checkpoint is not as it was sealed; the same list on all processes.
+
+    A file more is no damage, unless a reader of the tensors would take it for one of theirs: on network disks
+    `.nfs...` comes and goes where a file was removed while it was open, and people leave notes.
+    """
+
+    def look() -> list[str]:
+        changed = altered_files(folder, share=(peers.rank, peers.size))
+        stray = strange_files(folder) if peers.is_first and not changed else []
+        return changed + [f"{name} is not in the manifest" for name in stray if name.endswith(".safetensors")]
+
+    own = peers.together(look)
     return list(dict.fromkeys(sentence for found in peers.gather_everywhere(own) for sentence in found))
 
 

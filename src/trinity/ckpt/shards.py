@@ -145,7 +145,7 @@ class StoredPart:
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
         def read() -> None:
-            self._check(tensors)
+            self.check(tensors)
             planner.set_up_planner(tensors, self._metadata, self.peers.is_first)  # type: ignore[arg-type]
             self._reader.set_up_storage_reader(self._metadata, self.peers.is_first)
             plan = planner.create_local_plan()
@@ -155,7 +155,8 @@ class StoredPart:
         with torch.no_grad():
             self.peers.together(read)
 
-    def _check(self, tensors: dict[str, Tensor]) -> None:
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        """Demand that tensors of these names and shapes are stored, by the headers alone: equal on all processes."""
         for name, tensor in tensors.items():
             found = self.tensors.get(name)
             if found is None or found.size != tensor.shape:

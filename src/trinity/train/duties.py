@@ -25,7 +25,7 @@ from trinity.text.tokenizer import Tokenizer
 from trinity.train.board import Board
 from trinity.train.evaluate import score_documents, total
 from trinity.train.evidence import Incident
-from trinity.train.saver import Saved, Saver
+from trinity.train.saver import FAILURES, Failed, Saved, Saver
 from trinity.train.settings import begun, machine
 from trinity.train.state import TrainState
 from trinity.train.step import Measured
@@ -67,6 +67,7 @@ class Duties:
         self.board = Board(run / "tensorboard" if world.is_first else None, resume_step, say)
         self.heldout = within(heldout_documents(data), config.train.evaluate_bytes, tokenizer)
         self.bits_per_byte: float | None = None
+        self._furthest = 0  # step of the checkpoint that was begun furthest on
 
     def log_step(self, state: TrainState, measured: Measured, rates: tuple[float, float], seconds: float) -> Progress:
         biases = state.model.expert_biases()
@@ -176,11 +177,13 @@ class Duties:
         self.metrics.write("sample", state.step, prompt=prompt, text=text)
         self.board.text("sample", f"{prompt}|{text}", state.step)
 
-    def save(self, state: TrainState) -> None:
-        """A checkpoint in the background; then the pointer moves, and the old ones go."""
-        state.guard.saved()
+    def save(self, state: TrainState, last: bool) -> None:
+        """A checkpoint in the background; then the pointer moves, and the old ones go. `last`: of this run."""
+        if state.step > self._furthest:  # what a branch after a roll-back saves again is no progress
+            self._furthest = state.step
+            state.guard.saved()
         self._compare_replicas(state)
-        self._start_save(state, f"step-{state.step:08d}", newest=True)
+        self._start_save(state, f"step-{state.step:08d}", newest=True, needed=last)
 
     def _compare_replicas(self, state: TrainState) -> None:
         """Replicas drift apart unnoticed, so each save looks whether they have."""
@@ -197,8 +200,7 @@ class Duties:
 
         Written whenever its point is passed: after a roll-back it must be of the branch that the run ends in.
         """
-        self._start_save(state, name, newest=False)
-        self.say(f"step {state.step}: {name} checkpoint kept at {state.tokens:,} tokens")
+        self._start_save(state, name, newest=False, needed=True)
 
     def begin_phase(self, state: TrainState, phase: Phase) -> None:
         """Log, say and show what the next step begins."""
@@ -217,21 +219,27 @@ class Duties:
             "in a step"
         )
 
-    def _start_save(self, state: TrainState, name: str, newest: bool) -> None:
+    def _start_save(self, state: TrainState, name: str, newest: bool, needed: bool) -> None:
         self.wait_for_save()
-        self.saver.start(state, name, newest)
+        self.saver.start(state, name, newest, needed)
 
     def look_after_save(self) -> None:
-        """Once a step: a save that ended is logged, and one that failed ends the run, on all processes alike."""
+        """Once a step: a save that ended is logged, one that failed is told, or ends the run on all processes alike."""
         self._log_save(self.saver.poll())
 
     def wait_for_save(self) -> None:
         """Let the save that is going on end."""
         self._log_save(self.saver.wait())
 
-    def _log_save(self, saved: Saved | None) -> None:
-        if saved:
-            self.metrics.write("save", **saved._asdict())
+    def _log_save(self, ended: Saved | Failed | None) -> None:
+        if isinstance(ended, Failed):
+            what = f"checkpoint {ended.checkpoint} was not saved: {ended.problem}"
+            action = f"save again when next due (failure {ended.in_a_row} in a row, the run ends at {FAILURES})"
+            self.incident(ended.step, Incident("storage", what, action, {}))
+        elif ended:
+            self.metrics.write("save", **ended._asdict())
+            if ended.checkpoint in self.config.named_checkpoints:
+                self.say(f"step {ended.step}: {ended.checkpoint} checkpoint kept at {ended.tokens:,} tokens")
 
     def close(self) -> None:
         try:

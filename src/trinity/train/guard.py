@@ -4,9 +4,11 @@
     loss or norm spike            train.spike_action       rollback: weights return to the newest good checkpoint, the
                                                            data does not (the guilty stretch is not read again)
                                                            stop: the run ends with a clear message
+    non-finite weights, moments   found when a checkpoint is due, which is refused: rollback, or stop where
+                                                           train.nonfinite_action says so (no skip: they have moved)
     routing drifts, collapses     train.router_action      alarm: the run goes on and a person is told; rollback; stop
     max_incidents in a row        stop in any case
-    max_incidents roll-backs      to one and the same checkpoint: stop, the run does not get past it
+    max_incidents roll-backs      and no checkpoint further on than before: stop, the run does not get past it
 
 A spike is a loss more than `spike_sigmas` standard deviations above the mean of the recent good ones, or a gradient
 norm whose logarithm lies `norm_spike_sigmas` above (norms are skewed, their logarithm is not). Three spikes in a row
@@ -160,8 +162,15 @@ class Guard:
             what, action = f"{what}; met {self.drifts} times behind one checkpoint, so it is the text's", "alarm"
         return Verdict("alarm", what, "router") if action == "alarm" else self._incident(what, action, "router")
 
+    def judge_tensors(self, names: list[str]) -> Verdict:
+        """Decide on a state that is due to be saved, in which the tensors of these names are not finite."""
+        if not names:
+            return Verdict("update")
+        what = f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} not finite, not saved"
+        return self._incident(what, "stop" if self.config.nonfinite_action == "stop" else "rollback", "non-finite")
+
     def saved(self) -> None:
-        """A checkpoint is being written: the run got past the one before it."""
+        """A checkpoint is being written, further on than any before it."""
         self.rollbacks, self.drifts = 0, 0
         self.loss.met.clear()
         self.norm.met.clear()
@@ -198,5 +207,5 @@ class Guard:
         if action == "rollback":
             self.rollbacks += 1
             if self.rollbacks >= self.config.max_incidents:
-                return Verdict("stop", f"{what}; roll-back {self.rollbacks} to the same checkpoint", kind)
+                return Verdict("stop", f"{what}; roll-back {self.rollbacks} without getting further", kind)
         return Verdict(action, what, kind)

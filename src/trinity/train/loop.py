@@ -13,7 +13,7 @@ from typing import TextIO
 from trinity.base.durable import recover, refusing_disk
 from trinity.base.errors import ConfigError, TrainingHalted, UsageError
 from trinity.base.run import CONFIG
-from trinity.ckpt.folder import newest_good, read_state
+from trinity.ckpt.folder import newest_good
 from trinity.ckpt.peers import Peers
 from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
@@ -23,6 +23,7 @@ from trinity.parallel.mesh import World, check_rows, device_of, misfits
 from trinity.train import settings
 from trinity.train.duties import Duties, Progress, due
 from trinity.train.evidence import Incident
+from trinity.train.rollback import RollBack
 from trinity.train.room import refuse_what_cannot_fit
 from trinity.train.saver import Saver
 from trinity.train.state import TrainState
@@ -71,6 +72,7 @@ def train(
 
 
 def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, show: Callable[[Progress], None]) -> None:
+    roll_back = RollBack(run, config, duties)
     while state.tokens < config.horizon:
         started, phase, place = time.perf_counter(), config.phase_at(state.tokens), state.loader.trace.place
         batches = next_microbatches(state.loader, phase, state.world)
@@ -83,15 +85,7 @@ def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, sh
         incident = Incident.of(verdict, state, measured, place, phase.microbatch_rows)
         if verdict.action in ("rollback", "stop"):
             drop_update(state)
-            if verdict.action == "stop":
-                duties.incident(state.step + 1, incident)
-                raise TrainingHalted(
-                    f"Training stopped at step {state.step + 1}: {incident.what}.",
-                    "The last checkpoint is whole. Look at the data; a resume may set train.spike_sigmas and the "
-                    "guard's actions anew, and lower learning rates need a new run.",
-                )
-            with duties.watch.doing("rolling back"):
-                _roll_back(state, config, run, duties, incident)
+            _leave(state, incident, state.step + 1, duties, roll_back)
             continue
         before = state.tokens
         state.step += 1
@@ -107,7 +101,35 @@ def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, sh
         seconds = time.perf_counter() - started
         for other in duties.watch.stepped(phase, state.step, state.tokens, measured.loss, loaded, seconds):
             duties.incident(state.step, other)
+        if any(_saves_due(state, config, before)):
+            verdict = state.guard.judge_tensors(state.not_finite())
+            if verdict.action != "update":
+                incident = Incident(verdict.kind, verdict.reason, verdict.action, {})
+                _leave(state, incident, state.step, duties, roll_back)
+                continue
         _do_duties(state, config, duties, before)
+
+
+def _leave(state: TrainState, incident: Incident, step: int, duties: Duties, roll_back: RollBack) -> None:
+    """Leave the branch that the run is on, for that of an older checkpoint or, raising TrainingHalted, for good."""
+    if incident.action == "stop":
+        duties.incident(step, incident)
+        raise TrainingHalted(
+            f"Training stopped at step {step}: {incident.what}.",
+            "The last checkpoint is whole. Look at the data; a resume may set train.spike_sigmas and the "
+            "guard's actions anew, and lower learning rates need a new run.",
+        )
+    with duties.watch.doing("rolling back"):
+        roll_back(state, incident, step)
+
+
+def _saves_due(state: TrainState, config: RunConfig, before: int) -> tuple[list[str], bool]:
+    """The names under which the state is to be saved after the step that began at `before` tokens, and whether it is
+    to be saved as that of its step."""
+    done = state.tokens >= config.horizon
+    turning = not done and config.phase_at(state.tokens).begin == state.tokens
+    names = [name for name, tokens in config.named_checkpoints.items() if before < tokens <= state.tokens]
+    return names, done or turning or due(config.train.save_every_tokens, before, state.tokens)
 
 
 def next_microbatches(loader: Loader, phase: Phase, world: World) -> list[Batch]:
@@ -124,32 +146,15 @@ def _do_duties(state: TrainState, config: RunConfig, duties: Duties, before: int
     if done or due(config.train.evaluate_every_tokens, before, state.tokens):
         with duties.watch.doing("evaluating"):
             duties.evaluate(state)
-    for name, tokens in config.named_checkpoints.items():
-        if before < tokens <= state.tokens:
-            with duties.watch.doing("saving"):
-                duties.save_named(state, name)
-    turning = not done and config.phase_at(state.tokens).begin == state.tokens
-    if turning:
-        duties.begin_phase(state, config.phase_at(state.tokens))
-    if done or turning or due(config.train.save_every_tokens, before, state.tokens):
+    names, of_step = _saves_due(state, config, before)
+    for name in names:
         with duties.watch.doing("saving"):
-            duties.save(state)
-
-
-def _roll_back(state: TrainState, config: RunConfig, run: Path, duties: Duties, incident: Incident) -> None:
-    """Weights, optimiser and counters of the newest good checkpoint; the data stream stays where it is."""
-    duties.wait_for_save()
-    checkpoint = newest_good(run, duties.say, duties.saver.peers)
-    if checkpoint is None:
-        duties.incident(state.step + 1, incident)
-        raise TrainingHalted(
-            "There is no checkpoint to roll back to yet.",
-            "Lower the learning rates, or set train.save_every_tokens lower.",
-        )
-    duties.incident(state.step + 1, incident.leaving(state.loader, read_state(checkpoint)["loader"]))
-    state.restore(checkpoint, config, duties.saver.peers, keep_loader=True)
-    duties.rolled_back(state.step)
-    duties.say(f"rolled back to step {state.step}")
+            duties.save_named(state, name)
+    if not done and config.phase_at(state.tokens).begin == state.tokens:
+        duties.begin_phase(state, config.phase_at(state.tokens))
+    if of_step:
+        with duties.watch.doing("saving"):
+            duties.save(state, last=done)
 
 
 def prepare(

@@ -6,6 +6,10 @@
 All processes start a save at the same step. Their threads talk through a process group of their own, so nothing they
 exchange gets between the collectives of a step. One save at a time: the next waits for the one before, and the end of
 the run waits for the last.
+
+A save that fails has touched nothing, and what failed may pass: the run goes on and saves again when it is next due.
+It ends with the error when FAILURES in a row failed, and at once when the checkpoint is `needed`: one with a name, or
+the last. Their moment does not come again in this run, but it does in a start from the checkpoint before.
 """
 
 import threading
@@ -16,11 +20,25 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from trinity.base.errors import TrinityError
 from trinity.ckpt.folder import Staged, point_to, prune, save_checkpoint
 from trinity.ckpt.peers import ALONE, Peers
 from trinity.config.run import RunConfig
 from trinity.parallel.mesh import COLLECTIVE_TIMEOUT, World
 from trinity.train.state import TrainState
+
+# In a row. A full disk that somebody clears, or a file server that restarts, costs one or two; at the third the run
+# would go on for nobody knows how long with nothing to come back to, and a person must look.
+FAILURES = 3
+
+
+class Failed(NamedTuple):
+    """A save that failed, on all processes alike, in a run that goes on."""
+
+    step: int
+    checkpoint: str
+    problem: str
+    in_a_row: int
 
 
 class Saved(NamedTuple):
@@ -53,30 +71,39 @@ class Saver:
         self.run, self.config = run, config
         self.peers, self._behind = peers_of(world), peers_of(world)
         self._going: _Save | None = None
+        self._failures = 0  # in a row
 
-    def start(self, state: TrainState, name: str, newest: bool) -> None:
-        """Copy the state and let the thread write it as `name`. `newest`: the pointer moves to it, and old ones go."""
+    def start(self, state: TrainState, name: str, newest: bool, needed: bool = False) -> None:
+        """Copy the state and let the thread write it as `name`.
+
+        newest: the pointer moves to it, and old ones go. needed: the run does not go on without it.
+        """
         assert self._going is None, "wait for the save before"
         began = time.perf_counter()
         staged = state.staged(self.config)
-        self._going = _Save(self, staged, name, newest, pause=time.perf_counter() - began)
+        self._going = _Save(self, staged, name, newest, needed, pause=time.perf_counter() - began)
         self._going.start()
 
-    def poll(self) -> Saved | None:
-        """What the log says of the save, once it has ended on all processes. Raises its error, on all alike."""
+    def poll(self) -> Saved | Failed | None:
+        """What the log says of the save, once it has ended on all processes. Raises what `wait` raises."""
         if self._going is None or not self._ended_everywhere(self._going):
             return None
         return self.wait()
 
-    def wait(self) -> Saved | None:
-        """Wait for the save that is going on, if any. Raises its error."""
+    def wait(self) -> Saved | Failed | None:
+        """Wait for the save that is going on, if any. Raises its error, on all alike, where the run must end."""
         going, self._going = self._going, None
         if going is None:
             return None
         going.join()
-        if going.error is not None:
+        if going.error is None:
+            self._failures = 0
+            return going.saved
+        self._failures += 1
+        if going.needed or self._failures >= FAILURES or not isinstance(going.error, Exception):
             raise going.error
-        return going.saved
+        problem = going.error.what if isinstance(going.error, TrinityError) else str(going.error) or "no reason given"
+        return Failed(going.staged.state["step"], going.checkpoint, problem.rstrip("."), self._failures)
 
     def _ended_everywhere(self, going: "_Save") -> bool:
         # A few bytes a step, and only while a save goes on: without this, processes would raise at different steps.
@@ -93,15 +120,16 @@ class Saver:
 
     def _make_newest(self, folder: Path) -> None:
         point_to(self.run, folder)
-        prune(self.run, self.config.train.keep_checkpoints, self.config.train.keep_every_tokens)
+        prune(self.run, folder, self.config.train.keep_checkpoints, self.config.train.keep_every_tokens)
 
 
 class _Save(threading.Thread):
     """One save. A daemon: a second Ctrl-C ends the process without waiting for the disk."""
 
-    def __init__(self, saver: Saver, staged: Staged, name: str, newest: bool, pause: float) -> None:
+    def __init__(self, saver: Saver, staged: Staged, name: str, newest: bool, needed: bool, pause: float) -> None:
         super().__init__(name=f"save {name}", daemon=True)
-        self.saver, self.staged, self.checkpoint, self.newest, self.pause = saver, staged, name, newest, pause
+        self.saver, self.staged, self.checkpoint = saver, staged, name
+        self.newest, self.needed, self.pause = newest, needed, pause
         self.saved: Saved | None = None
         self.error: BaseException | None = None
 

@@ -12,7 +12,7 @@ from trinity.base.errors import CheckpointError, DataError
 from trinity.base.seeds import named_seed
 from trinity.ckpt.folder import MODEL, OPTIMIZER, Staged, read_state, stage
 from trinity.ckpt.peers import ALONE, Peers
-from trinity.ckpt.shards import StoredPart
+from trinity.ckpt.shards import StoredPart, local_part
 from trinity.config.load import differences, to_dict
 from trinity.config.run import RunConfig
 from trinity.data.loader import Loader
@@ -71,6 +71,21 @@ class TrainState:
         }
         return stage(self.model.state_dict(), self._optimizer_tensors(), counters)
 
+    def not_finite(self) -> list[str]:
+        """Names of the tensors of weights and optimiser state that hold NaN or infinity on any process.
+
+        One number a tensor is summed over all processes, once, so the list is the same on all. Values are not copied.
+        """
+        tensors = {**self.model.state_dict(), **self._optimizer_tensors()}
+        parts = {name: local_part(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+        held = [name for name, part in parts.items() if part.numel()]
+        # The largest magnitude: NaN goes through it as through a sum, and no finite value overflows it.
+        largest = torch._foreach_norm([parts[name] for name in held], torch.inf)  # pyright: ignore[reportPrivateImportUsage]
+        bad = dict(zip(held, (~torch.stack([value.float() for value in largest]).isfinite()).tolist(), strict=True))
+        flags = torch.tensor([float(bad.get(name, False)) for name in parts], device=self.world.device)
+        self.world.sum(flags)
+        return [name for name, flag in zip(parts, flags.tolist(), strict=True) if flag]
+
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         """Names and tensors of the optimisers' state; changing a tensor changes the state."""
         tensors = {_BIAS_MOMENTUM: self.bias_momentum}
@@ -90,10 +105,13 @@ class TrainState:
         """
         counters = read_state(folder)
         self._refuse_another(counters, folder, config)
-        StoredPart(folder / MODEL, peers).read_into(self.model.state_dict())
-        stored = StoredPart(folder / OPTIMIZER, peers)
-        self._make_slots(stored.tensors)
-        stored.read_into(self._optimizer_tensors())
+        weights, moments = StoredPart(folder / MODEL, peers), StoredPart(folder / OPTIMIZER, peers)
+        tensors = self.model.state_dict()
+        weights.check(tensors)
+        self._refuse_strange_slots(moments)
+        weights.read_into(tensors)
+        self._make_slots(moments.tensors)
+        moments.read_into(self._optimizer_tensors())
         self.step, self.tokens = counters["step"], counters["tokens"]
         if keep_loader:
             self.guard.rolled_back(counters["guard"])
@@ -116,6 +134,22 @@ class TrainState:
                 f"The data changed since {folder} was written.",
                 "Give the data folder the run began with, or start again with another --out.",
             )
+
+    def _refuse_strange_slots(self, moments: StoredPart) -> None:
+        """Demand that every stored tensor is a slot of a parameter that is here, in its shape, or SMEBU's buffer."""
+        parameters, kinds = dict(self.model.named_parameters()), self._optimisers_by_name()
+        moments.check({_BIAS_MOMENTUM: self.bias_momentum})
+        for key, found in moments.tensors.items():
+            kind, _, rest = key.partition("/")
+            name, _, slot = rest.rpartition("/")
+            if key == _BIAS_MOMENTUM:
+                continue
+            shape = torch.Size([1]) if slot == "step" else parameters[name].shape if name in parameters else None
+            if kind not in kinds or found.size != shape:
+                raise CheckpointError(
+                    f"{moments.folder} holds {key} of shape {list(found.size)}, which is no state of this optimiser.",
+                    "It was written by another version of trinity or another model.",
+                )
 
     def _make_slots(self, stored: dict[str, TensorStorageMetadata]) -> None:
         """Give the optimisers exactly the slots that a checkpoint has values for: fresh optimisers have none yet."""
