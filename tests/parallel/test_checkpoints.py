@@ -56,6 +56,7 @@ def saved(debug_data, tmp_path_factory) -> Path:
 NAMES = [*FOUR, *TWO, "alone"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_one_process_reads_what_any_layout_wrote(saved: Path, debug_data, name: str):
     wanted = torch.load(saved / f"{name}.pt")
@@ -67,12 +68,14 @@ def test_one_process_reads_what_any_layout_wrote(saved: Path, debug_data, name: 
     equal(whole(state), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "under"), [(4, "hsdp 2 x 2, ep 2"), (4, "fsdp 4, ep 2"), (2, "fsdp 2"), (2, "ep 2")])
 def test_every_layout_reads_what_any_other_wrote(saved: Path, debug_data, size: int, under: str):
     layout = (FOUR if size == 4 else TWO)[under]
     in_processes(size, restore_under, debug_data, saved, {under: layout}, NAMES, [free_port()])
 
 
+@pytest.mark.slow
 def test_replicas_write_each_value_once(saved: Path):
     files = {
         name: sum(path.stat().st_size for path in (saved / name / "checkpoints" / STEP).rglob("*.safetensors"))
@@ -85,20 +88,24 @@ def test_what_fails_on_one_process_fails_on_all_and_leaves_nothing(debug_data, t
     in_processes(2, fail_on_one_rank, debug_data, tmp_path)
 
 
-def test_a_save_that_fails_behind_a_run_ends_it_at_one_step(debug_data, tmp_path: Path):
+@pytest.mark.slow
+def test_saves_that_fail_behind_a_run_are_told_and_end_it_at_one_step(debug_data, tmp_path: Path):
     in_processes(2, fail_behind, debug_data, tmp_path)
 
 
+@pytest.mark.slow
 def test_processes_started_unlike_are_named_before_anything_waits_for_them():
     in_processes(3, disagree, free_port())
 
 
-def test_a_checkpoint_of_another_architecture_is_refused_by_name(saved: Path, debug_data):
+def test_a_checkpoint_of_another_architecture_is_refused_by_name(debug_data, tmp_path: Path):
+    config = small()
+    written = save_checkpoint(tmp_path, STEP, fresh(config, debug_data, World.alone()).staged(config))
     config = small("model.moe_intermediate_size=48", "model.rope_theta=5000")
     state = fresh(config, debug_data, World.alone())
     before = whole(state)
     with pytest.raises(CheckpointError, match="another architecture: moe_intermediate_size: ") as caught:
-        state.restore(saved / "fsdp 4" / "checkpoints" / STEP, config)
+        state.restore(written, config)
     assert "rope_theta" in str(caught.value) and caught.value.remedy
     equal(whole(state), before)
 

@@ -88,7 +88,7 @@ def unbroken(debug_data, tmp_path_factory) -> Path:
 def test_killed_runs_end_in_the_weights_of_the_unbroken_one(debug_data, unbroken, tmp_path):
     run = tmp_path / "run"
     for moment in (after_lines(2), while_saving, after_lines(17)):
-        start_and_kill(debug_data, run, moment)
+        assert start_and_kill(debug_data, run, moment), "it ended before it was killed"
     done = finish(debug_data, run)
     assert done.returncode == 0, done.stderr
     assert weights_of(run) == weights_of(unbroken)
@@ -109,11 +109,13 @@ def test_killed_runs_end_in_the_weights_of_the_unbroken_one(debug_data, unbroken
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(debug_data, unbroken, tmp_path):
     chance = random.Random(0)
+    kills = 0
     for number in range(20):
         run = tmp_path / f"run{number % 4}"
         delay = chance.uniform(0.5, 6.0)
         started = time.monotonic()
-        start_and_kill(debug_data, run, lambda _: time.monotonic() - started > delay)  # noqa: B023
+        kills += start_and_kill(debug_data, run, lambda _: time.monotonic() - started > delay)  # noqa: B023
+    assert kills >= 15, "most of them must come before the end"
     for number in range(4):
         done = finish(debug_data, tmp_path / f"run{number}")
         assert done.returncode == 0, done.stderr
@@ -166,10 +168,13 @@ def test_a_run_in_use_is_refused(debug_data, tmp_path):
     run = tmp_path / "run"
     first = subprocess.Popen(command(debug_data, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while not metric_lines(run) and first.poll() is None:
+        deadline = time.monotonic() + 240
+        while not metric_lines(run):
+            assert first.poll() is None and time.monotonic() < deadline, "it never began"
             time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)  # it holds the run, and cannot end before the second one asks
         second = finish(debug_data, run)
-        assert first.poll() is not None or (second.returncode == 2 and "another process" in second.stderr)
+        assert second.returncode == 2 and "another process" in second.stderr
     finally:
         first.kill()
         first.wait()
