@@ -58,6 +58,7 @@ class ChunkedLoss(torch.autograd.Function):
             grad = grad.to(hidden.dtype)
             multiply(grad, head, grad_hidden[start : start + CHUNK_TOKENS])
             multiply(grad.T, part, grad_head, add=True)
+            del logits, softmax, grad  # before those of the next chunk are there
         ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
         cross_entropy = cross_entropy / divisor
         ctx.mark_non_differentiable(cross_entropy)

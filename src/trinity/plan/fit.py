@@ -150,7 +150,7 @@ def _nothing_fits(
         else f"No number of {device.name} holds it"
     )
     parts = max(
-        ("weights", "moments", "gradients", "activations", "gathered", "loss"),
+        ("weights", "moments", "gradients", "activations", "layer", "loss"),
         key=lambda name: getattr(least.memory, name),
     )
     return (

@@ -64,8 +64,11 @@ class RankMemory:
     moments: int
     gradients: int
     activations: int
-    gathered: int = field(metadata={"meaning": "working copies of whole layers, and their gradients on the way back"})
-    backward: int = field(metadata={"meaning": "gradients of the layer in hand"})
+    recomputed: int = field(metadata={"meaning": "the inside of one block, where it is computed again in backward"})
+    head: int = field(metadata={"meaning": "the head's working copy, which stays"})
+    layer: int = field(metadata={"meaning": "the working copy of the layer in hand"})
+    backward: int = field(metadata={"meaning": "gradients of the layer in hand, and of the head"})
+    prefetched: int = field(metadata={"meaning": "on a GPU: the next layer and the buffer it arrives in"})
     loss: int
     muon: int
     process: int
@@ -79,8 +82,15 @@ class RankMemory:
         always = self.weights + self.moments + self.process + self.allocator
         early = self.gradients if self.kept_gradients else 0
         return {
-            "loss": always + early + self.activations + self.gathered + self.loss,
-            "backward": always + early + self.activations + self.gathered + self.backward,
+            "loss": always + early + self.activations + self.head + self.loss,
+            "backward": always
+            + early
+            + self.activations
+            + self.recomputed
+            + self.head
+            + self.layer
+            + self.backward
+            + self.prefetched,
             "update": always + self.gradients + self.muon,
         }
 
@@ -93,7 +103,11 @@ class RankMemory:
 def rank_memory(run: RunConfig, layout: Layout, in_host_memory: bool) -> RankMemory:
     """What the fullest process of a layout holds. in_host_memory: it computes in host memory (a CPU)."""
     held = held_values(run.model, layout.fsdp, layout.expert)
-    activations = activation_bytes(run, layout, in_host_memory and layout.precision == "float32")
+    kernels = in_host_memory and layout.precision == "float32"
+    activations, recomputed = activation_bytes(run, layout, kernels), recomputed_bytes(run, layout, kernels)
+    whole = layout.size > 1 or layout.precision != "float32"  # weights are gathered
+    layer = max(_own_values(members, layout) for _, members in layer_kinds(run.model)) if whole else 0
+    head = run.model.vocab_size * run.model.hidden_size if whole else 0
     biases = 4 * run.model.num_sparse_layers * run.model.num_experts
     tokens = layout.tokens(run)
     return RankMemory(
@@ -101,12 +115,15 @@ def rank_memory(run: RunConfig, layout: Layout, in_host_memory: bool) -> RankMem
         moments=4 * held.moments + biases,
         gradients=4 * held.weights,
         activations=activations,
-        gathered=_gathered_bytes(run.model, layout),
-        backward=_backward_bytes(run.model, layout, tokens),
+        recomputed=recomputed,
+        head=layout.value_bytes * head,
+        layer=layout.value_bytes * layer,
+        backward=_backward_bytes(run, layout, tokens, layer, recomputed),
+        prefetched=0 if in_host_memory else 2 * layout.value_bytes * layer,
         loss=_loss_bytes(run.model, layout, tokens),
         muon=_muon_bytes(run, layout),
         process=HOST_PROCESS if in_host_memory else DEVICE_PROCESS,
-        allocator=_kept_by_malloc(activations, layout.microbatches(run)) if in_host_memory else 0,
+        allocator=_kept_by_malloc(activations + recomputed, layout.microbatches(run)) if in_host_memory else 0,
         staging=4 * (held.weights + held.moments),
         kept_gradients=layout.microbatches(run) > 1,
     )
@@ -120,17 +137,26 @@ def _kept_by_malloc(activations: int, microbatches: int) -> int:
 
 
 def activation_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
-    """Everything autograd keeps of one microbatch until its backward; with remat=block, the inputs of all blocks and
-    the inside of one. kernels: attention is that of the CPU kernels (src/trinity/kernels), which keep no copies."""
+    """Everything autograd keeps of one microbatch from forward to backward; with remat=block, the inputs of blocks.
+    kernels: attention is that of the CPU kernels (src/trinity/kernels), which keep no copies."""
     model, tokens, length = run.model, layout.tokens(run), run.data.sequence_length
-    one = {kind: tokens * _token_activations(model, layout, length, kind, kernels) for kind in layer_patterns(model)}
     final = tokens * model.hidden_size * (4 + layout.value_bytes) + 4 * tokens
     masks = 2 * 8 * tokens if kernels else _mask_bytes(model, layout, length)
     if layout.remat == "none":
-        return sum(kind.layers * size for kind, size in one.items()) + final + masks
+        kinds = layer_patterns(model)
+        insides = (kind.layers * tokens * _token_activations(model, layout, length, kind, kernels) for kind in kinds)
+        return sum(insides) + final + masks
     scores = tokens * (4 * model.num_experts + 12 * model.num_experts_per_tok)  # for the balance loss
     inputs = model.num_hidden_layers * tokens * model.hidden_size * layout.value_bytes
-    return inputs + model.num_sparse_layers * scores + max(one.values()) + final + masks
+    return inputs + model.num_sparse_layers * scores + final + masks
+
+
+def recomputed_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
+    """What one block keeps when it is computed again: 0 unless remat=block."""
+    if layout.remat == "none":
+        return 0
+    model, tokens, length = run.model, layout.tokens(run), run.data.sequence_length
+    return tokens * max(_token_activations(model, layout, length, kind, kernels) for kind in layer_patterns(model))
 
 
 def _token_activations(model: ModelConfig, layout: Layout, length: int, kind: LayerKind, kernels: bool) -> int:
@@ -166,37 +192,38 @@ def _mask_bytes(model: ModelConfig, layout: Layout, length: int) -> int:
     return (whole if True in kinds else 0) + (local if False in kinds else 0)
 
 
-def _gathered_bytes(model: ModelConfig, layout: Layout) -> int:
-    """Whole layers in working precision: the one in hand and the next, the buffer that one arrives in, the gradients of
-    one on their way to be summed in float32; and the head, which stays. Nothing when one process keeps all."""
-    if layout.size == 1 and layout.precision == "float32":
-        return 0
-    size, layer = layout.value_bytes, max(_own_values(members, layout) for _, members in layer_kinds(model))
-    head = model.vocab_size * model.hidden_size
-    return layer * (3 * size + size + 4) + head * (2 * size + 4)
-
-
 def _own_values(members: list[Weight], layout: Layout) -> int:
     """Values of a layer when gathered: all dense weights and this process's experts."""
     return sum(weight.values // (layout.expert if weight.role == "expert" else 1) for weight in members)
 
 
-def _backward_bytes(model: ModelConfig, layout: Layout, tokens: int) -> int:
-    """Gradients of the widest activations in flight and, where weights are not sharded, of the largest weights."""
-    sparse = model.num_sparse_layers > 0
-    rows = tokens * model.num_experts_per_tok
-    wide = rows * (2 * model.hidden_size + 3 * model.moe_intermediate_size) if sparse else 0
-    dense = tokens * 3 * model.intermediate_size if model.num_dense_layers else 0
-    largest = max(weight.values for weight in layer_weights(model, sparse)) if layout.size == 1 else 0
-    return layout.value_bytes * (max(wide, dense) + 3 * tokens * model.hidden_size) + 4 * largest
+def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, recomputed: int) -> int:
+    """What backward holds beside what forward kept, at the fullest of three moments: inside the gate of the experts,
+    when part of the block is already behind; inside a dense feed-forward; or when the gradients of a whole layer, in
+    float32 too, wait to be summed over processes and what was computed again is gone."""
+    model, size = run.model, layout.value_bytes
+    width, hidden, chosen = model.hidden_size, model.moe_intermediate_size, model.num_experts_per_tok
+    arriving = 2 * tokens * width * size
+    behind = tokens * 4 * width  # the final norm's
+    gate = dense = 0
+    if model.num_sparse_layers:
+        done = 4 * (width + 1) + chosen * size * (width + hidden) + 4 * size * hidden * model.num_shared_experts
+        gate = tokens * (6 * chosen * hidden * size - done) + layer * size // 3
+    if model.num_dense_layers:
+        dense = tokens * 3 * model.intermediate_size * size
+    largest = max(weight.values for weight in layer_weights(model, model.num_sparse_layers > 0))
+    own = 4 * largest if layout.size == 1 else 0
+    head = size * model.vocab_size * width
+    waiting = (4 + size) * layer - recomputed
+    return head + max(arriving - behind + max(gate, dense, 0) + own, waiting)
 
 
 def _loss_bytes(model: ModelConfig, layout: Layout, tokens: int) -> int:
     """One chunk of logits in float32 (in working precision too, where that differs), gradients of head and hidden."""
-    chunk = min(LOSS_CHUNK, tokens) * model.vocab_size
-    logits = 4 * chunk + (2 * layout.value_bytes * chunk if layout.value_bytes == 2 else 0)
+    chunk, size = min(LOSS_CHUNK, tokens) * model.vocab_size, layout.value_bytes
     head = model.vocab_size * model.hidden_size
-    return logits + 2 * 4 * head + tokens * model.hidden_size * layout.value_bytes
+    logits, rounded = (6 * chunk + 2 * head, 2 * head) if size == 2 else (4 * chunk, 0)
+    return 4 * head + max(logits, rounded) + tokens * model.hidden_size * size
 
 
 def _muon_bytes(run: RunConfig, layout: Layout) -> int:

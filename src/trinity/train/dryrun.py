@@ -105,7 +105,8 @@ def walk(
     traffic.watch(model, world)
     weights = [*model.parameters(), *model.buffers()]
     storages.name(weights, "weights")
-    storages.name([state.bias_momentum], "moments")
+    moments = _begin_moments(state)
+    storages.name(moments, "moments")
     progress = _Progress(len(batches) * len(model.layers), show)
 
     def before(*_: Any) -> None:
@@ -127,13 +128,6 @@ def walk(
     finally:
         for hook in hooks:
             hook.remove()
-    moments = [state.bias_momentum] + [
-        slot
-        for optimiser in (state.optimisers.muon, state.optimisers.adamw)
-        for slots in optimiser.state.values()
-        for slot in slots.values()
-    ]
-    storages.name(moments, "moments")
     held = {
         "weights": _bytes(weights),
         "moments": _bytes(moments),
@@ -144,6 +138,20 @@ def walk(
     show(1.0)
     seconds = time.perf_counter() - started
     return Rehearsal(world.rank, world.size, microbatches, len(batches), sent, storages.peaks, held, seconds)
+
+
+def _begin_moments(state: TrainState) -> list[Tensor]:
+    """Give the optimisers the moments that they have in every step but a run's first."""
+    slots = ((state.optimisers.muon, ("momentum",)), (state.optimisers.adamw, ("exp_avg", "exp_avg_sq")))
+    moments = [state.bias_momentum]
+    for optimiser, names in slots:
+        for parameter in (parameter for group in optimiser.param_groups for parameter in group["params"]):
+            made = {name: torch.zeros_like(parameter.detach()) for name in names}
+            if optimiser is state.optimisers.adamw:
+                made["step"] = torch.zeros((), device=parameter.device)
+            optimiser.state[parameter].update(made)
+            moments += made.values()
+    return moments
 
 
 def _bytes(tensors: list[Tensor]) -> int:
