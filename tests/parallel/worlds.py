@@ -10,6 +10,7 @@ from typing import Any
 import torch.multiprocessing as multiprocessing
 
 SECONDS = 240
+_STARTED = multiprocessing.get_context("forkserver")  # of one process that has loaded torch: seconds less for each
 
 
 def in_processes(size: int, function: Callable[..., None], *arguments: Any, seconds: float = SECONDS) -> None:
@@ -17,7 +18,14 @@ def in_processes(size: int, function: Callable[..., None], *arguments: Any, seco
 
     An exception in one of them is raised here. The function must be importable: a module's, not a test's inner one.
     """
-    context = multiprocessing.spawn(_enter, (size, free_port(), function, arguments), nprocs=size, join=False)
+    _STARTED.set_forkserver_preload(["torch", "trinity.train.loop", "trinity.train.saver"])
+    context = multiprocessing.start_processes(
+        _enter,
+        (size, free_port(), dict(os.environ), function, arguments),
+        nprocs=size,
+        join=False,
+        start_method="forkserver",
+    )
     assert context is not None
     end = time.monotonic() + seconds
     try:
@@ -43,8 +51,16 @@ def free_port() -> int:
             return port
 
 
-def _enter(rank: int, size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    os.environ.update(
+def _enter(
+    rank: int,
+    size: int,
+    port: int,
+    environment: dict[str, str],
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ.update(  # over what the test has set; the server knows the environment it was started in
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(size),
