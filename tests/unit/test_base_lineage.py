@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trinity.base import lineage
-from trinity.base.lineage import code_version
+from trinity.base.lineage import code_version, source_files
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 
@@ -53,3 +53,17 @@ def test_without_a_repository_or_git_there_is_no_commit(repository: Path, monkey
     monkeypatch.undo()
     monkeypatch.setattr(lineage, "__file__", "/lineage.py")
     assert set(code_version()) == {"trinity"}
+
+
+def test_an_edited_source_file_is_other_code_with_or_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("base/lineage.py", "kernels/matmul.cpp", "kernels/matmul.h", "base/lineage.pyc", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(lineage, "__file__", str(tmp_path / "base" / "lineage.py"))
+    monkeypatch.setenv("PATH", "")
+    before = source_files.__wrapped__()
+    assert list(before) == ["base/lineage.py", "kernels/matmul.cpp", "kernels/matmul.h"]
+    (tmp_path / "kernels" / "matmul.h").write_text("edited")
+    (tmp_path / "base" / "lineage.pyc").write_text("compiled anew")
+    after = source_files.__wrapped__()
+    assert [name for name in after if after[name] != before[name]] == ["kernels/matmul.h"]

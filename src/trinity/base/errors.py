@@ -11,15 +11,22 @@
     └── VerificationError     a release whose bytes or signature do not match what it promises
 
 Errors that a person can cause carry what happened and what to try. Broken invariants of our own are `assert`s.
+
+Of several processes that train together one may meet what the others do not: it tells them (`told`), and all raise one
+and the same error (`common_failure`), which the first one prints.
 """
 
+import socket
+from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import NamedTuple
 
 
 class TrinityError(Exception):
     """Base of all errors that a person can cause or meet. `remedy` is the sentence that says what to do next."""
 
     exit_code = 1
+    alike = False  # every process of the run raises it: one of them need print it
 
     def __init__(self, what: str, remedy: str = "") -> None:
         super().__init__(what)
@@ -51,7 +58,7 @@ class StorageError(TrinityError):
 
 
 class TrainingHalted(TrinityError):
-    pass
+    alike = True  # the guard judges figures of all processes
 
 
 class RequestError(TrinityError):
@@ -60,6 +67,39 @@ class RequestError(TrinityError):
 
 class VerificationError(TrinityError):
     pass
+
+
+class Told(NamedTuple):
+    """What a process tells the others of its failure; not every exception can travel as it is."""
+
+    process: str
+    error: TrinityError
+
+
+def told(failure: Exception, rank: int) -> Told:
+    if isinstance(failure, TrinityError):
+        error = type(failure)(failure.what, failure.remedy)
+    elif isinstance(failure, OSError):
+        remedy = "Nothing saved before was touched. Mend that and run the same command again."
+        error = StorageError(f"The system refused: {failure}.", remedy)
+    else:
+        error = TrinityError(f"{type(failure).__name__}: {failure}.", "See what that process printed.")
+    return Told(f"process {rank} on {socket.gethostname()}", error)
+
+
+def common_failure(each: Sequence[Told | None]) -> TrinityError | None:
+    """What all processes raise, given what each of them told; None when none failed.
+
+    What all say alike stays as it is. Else it is the error of the first that failed, which it names.
+    """
+    failed = [one for one in each if one is not None]
+    if not failed:
+        return None
+    process, error = failed[0]
+    if len(failed) < len(each) or any(one.error.what != error.what for one in failed):
+        error = type(error)(f"On {process}: {error.what}", error.remedy)
+    error.alike = True
+    return error
 
 
 def nearest(name: str, known: list[str]) -> str:

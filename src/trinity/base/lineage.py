@@ -4,19 +4,32 @@ import hashlib
 import json
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from trinity.base.durable import write_json
+from trinity.base.durable import sha256_file, write_json
 
 LINEAGE = "lineage.json"
+_CODE = (".py", ".cpp", ".h")
 
 
 def fingerprint(value: Any) -> str:
     """A 16-digit name for a JSON-like value; equal values have equal names on every machine."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def source_files() -> dict[str, str]:
+    """What this package does: the sha256 of each of its source files, by relative name, as read when first asked.
+
+    Neither git nor the version number says it: git may be absent or slow, and both are blind to some edits.
+    """
+    package = Path(__file__).parents[1]
+    files = sorted(path for path in package.rglob("*") if path.suffix in _CODE)
+    return {path.relative_to(package).as_posix(): sha256_file(path) for path in files}
 
 
 def code_version() -> dict[str, str]:

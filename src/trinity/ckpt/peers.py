@@ -1,4 +1,4 @@
-"""The processes that write or read one checkpoint together. What fails on one of them fails on all, with one error."""
+"""The processes of a run at work together, as on a checkpoint. What fails on one fails on all, with one error."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from trinity.base.errors import CheckpointError, StorageError, TrinityError
+from trinity.base.errors import TrinityError, common_failure, told
 
 T = TypeVar("T")
 
@@ -58,7 +58,8 @@ class Peers:
     def together(self, work: Callable[[], T]) -> T:
         """Do a piece of work on every process, without exchange inside. Where it fails on any, it fails on all.
 
-        Raises this process's own error, or the first failing one's as a TrinityError that names its rank.
+        All raise one error, which names the first that failed unless all failed alike (base/errors.py). What is no
+        TrinityError is raised as it is where it happened.
         """
         if self.group is None:
             return work()
@@ -67,12 +68,11 @@ class Peers:
             result = work()
         except Exception as error:  # noqa: BLE001  (whatever it is: the others would wait for this process)
             failure = error
-        told = self.gather_everywhere(None if failure is None else _told(failure, self.rank))
-        if failure is not None:
+        common = common_failure(self.gather_everywhere(failure and told(failure, self.rank)))
+        if failure is not None and not isinstance(failure, TrinityError):
             raise failure
-        for error in told:
-            if error is not None:
-                raise error
+        if common is not None:
+            raise common from failure
         return result  # type: ignore[return-value]
 
     def first(self, work: Callable[[], T]) -> T | None:
@@ -81,15 +81,3 @@ class Peers:
 
 
 ALONE = Peers()
-
-
-def _told(error: Exception, rank: int) -> TrinityError:
-    """An error as the other processes raise it; not every exception can travel as it is."""
-    if isinstance(error, TrinityError):
-        return type(error)(f"Process {rank}: {error.what}", error.remedy)
-    if isinstance(error, OSError):
-        return StorageError(
-            f"The disk refused process {rank}: {error}.",
-            "Nothing saved before was touched. Mend that and run the same command again.",
-        )
-    return CheckpointError(f"Process {rank} failed with {type(error).__name__}: {error}.", "See what it printed.")

@@ -7,10 +7,11 @@ arguments. A mistake ends in one clear line with the remedy: exit code 2 for usa
 import argparse
 import importlib
 import os
+import socket
 import sys
 from typing import NoReturn
 
-from trinity.base.errors import TrinityError, UsageError, nearest
+from trinity.base.errors import TrinityError, nearest
 
 COMMANDS = {
     "demo": ("trinity.cli.demo", "the whole story on this machine, from raw text to a served model"),
@@ -97,10 +98,8 @@ def run_command(name: str, arguments: list[str]) -> int:
         options = parser.parse_args(arguments)
         options.action(options)
     except TrinityError as error:
-        # Of several processes all make the same mistake of usage; the first one tells.
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(error, UsageError):
-            print(f"trinity {name}{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or not error.alike:  # of what all raise the first one tells
+            print(f"trinity {name}{_process()}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"\ntrinity {name}: interrupted. What was saved stays; the same command again goes on.", file=sys.stderr)
@@ -110,18 +109,24 @@ def run_command(name: str, arguments: list[str]) -> int:
     except OSError as error:
         if os.environ.get("TRINITY_TRACEBACK"):
             raise
-        print(f"trinity {name}: {told(error)}", file=sys.stderr)
+        print(f"trinity {name}{_process()}: {told(error)}", file=sys.stderr)
         return 1
     except Exception as error:
         if os.environ.get("TRINITY_TRACEBACK"):
             raise
         print(
-            f"trinity {name}: unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
+            f"trinity {name}{_process()}: unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
             "This is a defect of trinity; TRINITY_TRACEBACK=1 shows where.",
             file=sys.stderr,
         )
         return 1
     return 0
+
+
+def _process() -> str:
+    """Which of several processes speaks; nothing for the first."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f" (process {rank} on {socket.gethostname()})"
 
 
 def told(error: OSError) -> str:

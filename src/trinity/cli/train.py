@@ -13,6 +13,7 @@ resumes. What decides no step's arithmetic (the guard, the cadence of saving and
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +45,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def train_recipe(options: argparse.Namespace) -> None:
-    from trinity.base.errors import UsageError
-    from trinity.config.load import override
-    from trinity.recipes.table import recipe
-
-    config = override(recipe(options.recipe), options.settings)
+    config = _configured(options)
     if options.write_recipe:
         write_down(config, options.write_recipe)
         return
-    if options.out.is_file():
-        raise UsageError(f"{options.out} is a file.", "Name a folder with --out.")
     if options.test_alarm:
         _ring(options.out, config, options.json)
         return
     from trinity.parallel.mesh import joined_world
     from trinity.train.display import TrainingDisplay
     from trinity.train.loop import train
+    from trinity.train.saver import peers_of
 
     with joined_world(config) as world:
         data = options.data or (Path(config.own_data) if config.own_data else None)
-        data = data or _given_or_embedded(options, config, world)
+        data = data or _given_or_embedded(options, config, peers_of(world))
         with TrainingDisplay(config.horizon, world.is_first) as display:
             state = train(config, data, options.out, display.say, display.show, world)
     if not world.is_first:
@@ -76,6 +72,24 @@ def train_recipe(options: argparse.Namespace) -> None:
     print(f"Next: trinity generate {options.out} --prompt 'def '   |   trinity report {options.out} --out page.html")
 
 
+def _configured(options: argparse.Namespace) -> Any:
+    """The recipe with what --set changes. Of several processes all refuse what one of them cannot read."""
+    from trinity.base.errors import TrinityError, UsageError
+    from trinity.config.load import override
+    from trinity.recipes.table import recipe
+
+    try:
+        if options.out and options.out.is_file():
+            raise UsageError(f"{options.out} is a file.", "Name a folder with --out.")
+        return override(recipe(options.recipe), options.settings)
+    except TrinityError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        from trinity.parallel.mesh import refuse_with_all
+
+        refuse_with_all(error)
+
+
 def write_down(config: Any, path: Path) -> None:
     from trinity.base.errors import UsageError
     from trinity.recipes.file import write_recipe
@@ -86,22 +100,22 @@ def write_down(config: Any, path: Path) -> None:
     print(f"Wrote {path}. Train it: trinity train {path} --out RUN")
 
 
-def _given_or_embedded(options: argparse.Namespace, config: Any, world: Any) -> Path:
+def _given_or_embedded(options: argparse.Namespace, config: Any, peers: Any) -> Path:
     """The data of a run that --data does not name: what it was begun with, or, for debug, the embedded corpus."""
     from trinity.base.errors import UsageError
     from trinity.data.embedded import embedded_corpus
 
-    begun_with = data_of(options.out)
+    begun_with = peers.together(lambda: data_of(options.out))
     if begun_with is not None:
         return begun_with
     if options.recipe != "debug":
-        raise UsageError(
+        refusal = UsageError(
             f"Recipe '{options.recipe}' needs text; the embedded corpus is for 'debug' alone.",
             "Give a token folder with --data, such as demo/tokens after `make demo`.",
         )
-    if world.is_first:
-        embedded_corpus(options.out / "data", config.model.vocab_size)
-    world.barrier()
+        refusal.alike = True
+        raise refusal
+    peers.first(lambda: embedded_corpus(options.out / "data", config.model.vocab_size))
     return options.out / "data"
 
 

@@ -4,13 +4,14 @@ Without this a process that differs computes other sums, and the run goes wrong 
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 
 from trinity.base.errors import ConfigError
 
-_SHOWN = 8  # ranks named in the message
+_SHOWN, _FACTS = 8, 4  # ranks, and differences of each, that the message names
 
 
 def agree(facts: dict[str, Any]) -> None:
@@ -23,6 +24,11 @@ def agree(facts: dict[str, Any]) -> None:
         return
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, {name: str(value) for name, value in facts.items()})
+    refuse_unlike(found)
+
+
+def refuse_unlike(found: Sequence[dict[str, Any]]) -> None:
+    """What `agree` does with the facts of all ranks."""
     odd: dict[int, list[str]] = {}
     for name in {name: None for theirs in found for name in theirs}:
         values = [theirs.get(name, "nothing") for theirs in found]
@@ -31,9 +37,16 @@ def agree(facts: dict[str, Any]) -> None:
             if value != usual:
                 odd.setdefault(rank, []).append(f"{name} {value} instead of {usual}")
     if odd:
-        shown = [f"rank {rank} has {', '.join(what)}" for rank, what in sorted(odd.items())[:_SHOWN]]
+        shown = [f"rank {rank} has {_some(what)}" for rank, what in sorted(odd.items())[:_SHOWN]]
         more = f"; and {len(odd) - _SHOWN} more ranks" if len(odd) > _SHOWN else ""
-        raise ConfigError(
+        refusal = ConfigError(
             f"The processes of this run were not started alike: {'; '.join(shown)}{more}.",
             "Start all of them from one copy of the code, with the same arguments, data and torch.",
         )
+        refusal.alike = True
+        raise refusal
+
+
+def _some(differences: list[str]) -> str:
+    more = len(differences) - _FACTS
+    return ", ".join(differences[:_FACTS]) + (f" and {more} other differences" if more > 0 else "")

@@ -16,21 +16,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from trinity.base.errors import ConfigError
-from trinity.base.lineage import code_version
+from trinity.base.errors import ConfigError, TrinityError
+from trinity.base.lineage import fingerprint, source_files
 from trinity.config.load import config_fingerprint
 from trinity.config.parallel import ParallelConfig
 from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
 from trinity.parallel.agree import agree
-from trinity.parallel.rendezvous import room_of_this_start
+from trinity.parallel.lost import noticing_lost_peers
+from trinity.parallel.rendezvous import Room, let_the_first_tell, room_of_this_start, settle
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a save or an evaluation may keep others waiting; hangs alarm earlier
 
@@ -179,35 +180,69 @@ def check_rows(phase: Phase, context: int, readers: int) -> None:
 
 @contextmanager
 def joined_world(config: RunConfig) -> Iterator[World]:
-    """This process's place among those of the launcher; the process group lives as long as the block."""
+    """This process's place among those of the launcher; the process group lives as long as the block.
+
+    What one process cannot do is refused by all, before they wait for each other.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    found = layout(config, size)
-    device = device_of(config.parallel)
     if size == 1 and config.parallel.precision == "float32":
-        yield World.alone(device)
+        layout(config, 1)
+        yield World.alone(device_of(config.parallel))
         return
+    # One process too: FSDP2 keeps the float32 master weights of a bfloat16 run.
+    room = Room(HashStore(), 0, 1) if size == 1 else room_of_this_start(COLLECTIVE_TIMEOUT)
+    try:
+        with noticing_lost_peers():
+            found, device = settle(room, lambda: _place(config, size))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                timeout=COLLECTIVE_TIMEOUT,
+                store=room.store,
+                rank=room.rank,
+                world_size=size,
+            )
+            agree_on_start(config)  # before the meshes: they already take the same layout for granted
+            yield world_of(found, room.rank, device)
+    except TrinityError as error:
+        if error.alike:
+            let_the_first_tell(room)
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def refuse_with_all(error: TrinityError) -> NoReturn:
+    """Raise what this one of several processes refuses before it joins the others; they wait for it, and raise it."""
+    room = room_of_this_start(COLLECTIVE_TIMEOUT)
+
+    def refuse() -> NoReturn:
+        raise error
+
+    try:
+        settle(room, refuse)
+    except TrinityError:
+        let_the_first_tell(room)
+        raise
+    raise AssertionError("settle raises what was refused")
+
+
+def _place(config: RunConfig, size: int) -> tuple[tuple[Layout, torch.device], dict[str, str]]:
+    found, device = layout(config, size), device_of(config.parallel)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if size == 1:  # FSDP2 keeps the float32 master weights of a bfloat16 run, also for one process
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    else:
-        store, rank, size = room_of_this_start(COLLECTIVE_TIMEOUT)
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, store=store, rank=rank, world_size=size)
+    return (found, device), {"device": device.type}
+
+
+def agree_on_start(config: RunConfig) -> None:
+    """Refuse what every process of a run must have alike and has not. Another code is named file by file."""
+    files = source_files()
+    facts = {"torch": torch.__version__, "config": config_fingerprint(config), "code": fingerprint(files)}
     try:
-        agree(started_with(config))  # before the meshes: they already take the same layout for granted
-        yield world_of(found, dist.get_rank(), device)
-    finally:
-        dist.destroy_process_group()
-
-
-def started_with(config: RunConfig) -> dict[str, str]:
-    """What every process of a run must have alike."""
-    return {
-        "code": " ".join(code_version().values()),
-        "torch": str(torch.__version__),
-        "config": config_fingerprint(config),
-    }
+        agree(facts)
+    except ConfigError:
+        agree({f"{name}": sha256[:8] for name, sha256 in files.items()})
+        raise
 
 
 def world_of(found: Layout, rank: int, device: torch.device) -> World:
@@ -237,4 +272,10 @@ def device_of(parallel: ParallelConfig) -> torch.device:
         raise ConfigError("There is no GPU that torch can use.", "Set parallel.device=cpu or auto.")
     if parallel.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise ConfigError(
+            f"This machine has {count} GPUs, none for the process with LOCAL_RANK {local} (counted from 0).",
+            f"Start at most {count} processes on it, one for each GPU, or set parallel.device=cpu.",
+        )
+    return torch.device("cuda", local)

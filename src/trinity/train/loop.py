@@ -6,7 +6,7 @@ A run killed at any moment and started again ends in bit-identical weights: the 
 import fcntl
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -19,7 +19,8 @@ from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
 from trinity.data.loader import Batch, Loader
 from trinity.parallel.agree import agree
-from trinity.parallel.mesh import World, check_rows, device_of, misfits
+from trinity.parallel.lost import noticing_lost_peers
+from trinity.parallel.mesh import World, check_rows, joined_world, misfits
 from trinity.train import settings
 from trinity.train.duties import Duties, Progress, due
 from trinity.train.evidence import Incident
@@ -44,26 +45,35 @@ def train(
     """Train to the configured horizon into the folder `run`, resuming what is there; returns the final state.
 
     say: sentences for people. show: called after every step for a display. world: this process's place among several,
-    which all call this with the same arguments; the first one writes.
+    which all call this with the same arguments; the first one writes. Without it the launcher's environment tells.
+
+    What fails on one process before the first step fails on all, with one error.
     """
-    world = world or World.alone(device_of(config.parallel))
-    with only_user_of(run) if world.is_first else nullcontext(), Watch(run, config.train, world, say) as watch:
-        saver = Saver(run, config, world)
-        state, changed = prepare(config, data, run, say, world, saver.peers)
+    if world is None:
+        with joined_world(config) as world:
+            return train(config, data, run, say, show, world)
+    saver = Saver(run, config, world)
+    peers = saver.peers
+    with ExitStack() as stack:
+        peers.first(lambda: stack.enter_context(only_user_of(run)))
+        watch = stack.enter_context(peers.together(lambda: Watch(run, config.train, world, say)))
+        stack.enter_context(noticing_lost_peers())
+        state, changed = prepare(config, data, run, say, world, peers)
         watch.begins(config.phase_at(state.tokens), state.step, state.tokens)
-        duties = Duties(run, data, state.loader.tokenizer, config, state.step, say, world, saver, watch)
+        duties = peers.together(
+            lambda: Duties(run, data, state.loader.tokenizer, config, state.step, say, world, saver, watch)
+        )
         try:
             if changed:
-                duties.changed(state.step, changed)
-                if world.is_first:
-                    settings.adopt(run, config)
+                peers.together(lambda: duties.changed(state.step, changed))
+                peers.first(lambda: settings.adopt(run, config))
             if state.tokens >= config.horizon:
                 say(f"{run} is complete at {state.tokens:,} tokens; nothing to do.")
             elif state.step == 0:
                 with watch.doing("evaluating"):
                     duties.evaluate(state)
             else:
-                duties.resumed(state)
+                peers.together(lambda: duties.resumed(state))
             _advance(state, config, run, duties, show)
         finally:
             with watch.doing("closing"):  # waits for the save that is under way
@@ -161,18 +171,12 @@ def prepare(
     config: RunConfig, data: Path, run: Path, say: Callable[[str], None], world: World, peers: Peers
 ) -> tuple[TrainState, list[str]]:
     """A fresh state, or that of the newest good checkpoint of the same run; and the settings that a resume changed."""
-    loader = Loader(data, config.data, config.train.seed, [Path(mix) for mix in config.mixes])
-    if loader.tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"The tokenizer of {data} has {loader.tokenizer.vocab_size} entries; the model has room for "
-            f"{config.model.vocab_size}.",
-            "Set model.vocab_size to at least the former.",
-        )
+    loader = peers.together(lambda: _opened(config, data))
     agree({"data": loader.data_fingerprint, "tokenizer": loader.tokenizer.fingerprint})
     peers.first(lambda: _make_ready(run, config, loader, data, world))
-    changed = settings.changes(run, config, loader)
-    refuse_what_cannot_fit(config, world, say)
-    state = TrainState.fresh(config, loader, world)
+    changed = peers.together(lambda: settings.changes(run, config, loader))
+    peers.together(lambda: refuse_what_cannot_fit(config, world, say))
+    state = peers.together(lambda: TrainState.fresh(config, loader, world))
     for misfit in misfits(config, world):
         say(f"later: {misfit} Go on from there under another layout (docs/guides/parallelism.md).")
     newest = newest_good(run, say, peers)
@@ -180,6 +184,17 @@ def prepare(
         state.restore(newest, config, peers)
         say(f"resuming {run} at step {state.step}, {state.tokens:,} tokens")
     return state, changed
+
+
+def _opened(config: RunConfig, data: Path) -> Loader:
+    loader = Loader(data, config.data, config.train.seed, [Path(mix) for mix in config.mixes])
+    if loader.tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"The tokenizer of {data} has {loader.tokenizer.vocab_size} entries; the model has room for "
+            f"{config.model.vocab_size}.",
+            "Set model.vocab_size to at least the former.",
+        )
+    return loader
 
 
 def _make_ready(run: Path, config: RunConfig, loader: Loader, data: Path, world: World) -> None:

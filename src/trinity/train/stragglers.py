@@ -57,12 +57,9 @@ class Stragglers:
         self._every = every if world.size > 1 else 0
         self._steps, self._loading, self._stepping = 0, 0.0, 0.0
         self._in_a_row = {"computes": [0] * world.size, "loads data": [0] * world.size}
-        self._hosts = [host or socket.gethostname()]
+        self._host, self._hosts = host or socket.gethostname(), []
         if self._every:
             self._probe = probe or Probe(world.device)
-            hosts: list[Any] = [None] * world.size
-            dist.all_gather_object(hosts, self._hosts[0])
-            self._hosts = hosts
 
     def observe(self, loading: float, stepping: float) -> list[str]:
         """Take one step's own seconds of loading, and of all; sentences on those found slow, mostly none."""
@@ -73,6 +70,7 @@ class Stragglers:
         self._stepping += stepping
         if self._steps % self._every:
             return []
+        self._hosts = self._hosts or self._hosts_of_all()
         times = torch.zeros(self._world.size, 3, dtype=torch.float64)
         times[self._world.rank] = torch.tensor([self._probe(), self._loading, self._stepping], dtype=torch.float64)
         self._world.sum(times)
@@ -81,6 +79,11 @@ class Stragglers:
         return self._judge("computes", times[:, 0].tolist(), 0.0) + self._judge(
             "loads data", times[:, 1].tolist(), worth
         )
+
+    def _hosts_of_all(self) -> list[str]:
+        hosts: list[Any] = [None] * self._world.size
+        dist.all_gather_object(hosts, self._host)
+        return hosts
 
     def _judge(self, what: str, seconds: list[float], worth: float) -> list[str]:
         # The lower median: of two processes the faster one is the measure.
