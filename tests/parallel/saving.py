@@ -137,6 +137,16 @@ def fail_on_one_rank(data: Path, out: Path) -> None:
         world.barrier()
         assert sorted(path.name for path in (out / "checkpoints").iterdir()) == before
 
+        # NaN in what rank 1 alone holds, infinity in a moment of rank 0's: both are found by both.
+        assert state.not_finite() == []
+        moment = next(name for name in state._optimizer_tensors() if name.endswith("lm_head.weight/exp_avg"))
+        spoilt = state.model.lm_head.weight if world.rank else state._optimizer_tensors()[moment]
+        own = spoilt.detach().to_local() if isinstance(spoilt, DTensor) else spoilt
+        before_it = own.flatten()[-1].item()
+        own.view(-1)[-1] = float("nan") if world.rank else float("inf")
+        assert state.not_finite() == ["lm_head.weight", moment]
+        own.view(-1)[-1] = before_it
+
         # One flipped bit in what rank 1 hashes: every rank hears of it.
         second = save_checkpoint(out, "step-00000002", state.staged(config), peers)
         world.barrier()
