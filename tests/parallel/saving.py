@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 
-from trinity.base.errors import CheckpointError, ConfigError, StorageError
+from trinity.base.errors import CheckpointError, ConfigError, StorageError, TrinityError
 from trinity.ckpt import folder as checkpoints
 from trinity.ckpt.folder import newest_good, save_checkpoint
 from trinity.config.load import override
@@ -115,11 +116,14 @@ def fail_on_one_rank(data: Path, out: Path) -> None:
         advance(state, config)
         save_checkpoint(out, STEP, state.staged(config), peers)
         before = sorted(path.name for path in (out / "checkpoints").iterdir())
+        world.barrier()  # no process begins the next before all have looked
 
         create = FileSystem.create_stream
         if world.rank == 1:
             FileSystem.create_stream = full_disk
-        full = "The disk is full: writing " if world.rank else "The disk refused process 1: [Errno 28] No space left"
+        host = socket.gethostname()
+        refused = f"On process 1 on {host}: The system refused: [Errno 28] No space left"
+        full = "The disk is full: writing " if world.rank else refused
         raises(StorageError, full, lambda: save_checkpoint(out, "step-00000002", state.staged(config), peers))
         FileSystem.create_stream = create
         world.barrier()
@@ -131,8 +135,8 @@ def fail_on_one_rank(data: Path, out: Path) -> None:
                 if name.endswith("experts.down_proj"):
                     piece = staged.model[name]
                     staged.model[name] = checkpoints.Piece(piece.values[:0], piece.shape, piece.offsets)
-        forgotten = FORGOTTEN if world.is_first else f"Process 0 failed with ValueError: {FORGOTTEN}"
-        raises(CheckpointError if world.rank else ValueError, forgotten,
+        forgotten = FORGOTTEN if world.is_first else f"On process 0 on {host}: ValueError: {FORGOTTEN}"
+        raises(TrinityError if world.rank else ValueError, forgotten,
                lambda: save_checkpoint(out, "step-00000002", staged, peers))  # fmt: skip
         world.barrier()
         assert sorted(path.name for path in (out / "checkpoints").iterdir()) == before

@@ -72,3 +72,14 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     assert device_of(ParallelConfig()).type == "cpu"
     with pytest.raises(ConfigError, match="no GPU"):
         device_of(ParallelConfig(device="cuda"))
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device_of(ParallelConfig()).index == 3
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ConfigError, match="4 GPUs, none for the process with LOCAL_RANK 4") as caught:
+        device_of(ParallelConfig())
+    assert "at most 4 processes" in caught.value.remedy

@@ -11,11 +11,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from steps import small, three_steps, write_steps
 from worlds import free_port, in_processes
 
+from trinity.base.errors import ConfigError
 from trinity.data.loader import Loader
 from trinity.model.layers import RMSNorm
 from trinity.model.router import Router
 from trinity.parallel.mesh import World, joined_world
-from trinity.train.loop import next_microbatches
+from trinity.train.calibrate import tokens_per_second
+from trinity.train.loop import next_microbatches, train
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate
 
@@ -41,6 +43,21 @@ def test_router_norms_and_masters_stay_float32(debug_data):
         assert seen[name] == {torch.bfloat16}
         assert {p.grad.dtype for p in state.model.parameters() if p.grad is not None} == {torch.float32}
         assert {bias.dtype for bias in state.model.expert_biases()} == {torch.float32}
+
+
+def test_a_run_that_is_handed_no_world_opens_one_of_that_precision(debug_data, tmp_path: Path, monkeypatch):
+    """Without a mesh nothing is cast: the run would say bfloat16 and compute in float32."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    brief = small("parallel.precision=bfloat16", "train.tokens=1024", "optim.decay_tokens=0", "train.evaluate_bytes=0")
+    state = train(brief, debug_data, tmp_path / "run", lambda _: None, lambda _: None)
+    assert state.step == 1 and state.world.dense is not None
+    worlds = []
+    fresh = TrainState.fresh
+    monkeypatch.setattr(TrainState, "fresh", lambda *given: worlds.append(given[-1]) or fresh(*given))
+    assert tokens_per_second(brief, debug_data) > 0 and worlds[0].dense is not None
+    with pytest.raises(ConfigError, match="parallel.precision=bfloat16 needs") as caught:
+        fresh(brief, Loader(debug_data, brief.data, 0))
+    assert "joined_world" in caught.value.remedy
 
 
 def test_it_learns_what_float32_learns_to_rounding(debug_data):

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
+from trinity.base.errors import ConfigError
 from trinity.config.model import ModelConfig
 from trinity.config.parallel import ParallelConfig
 from trinity.model.block import Block
@@ -31,7 +32,15 @@ from trinity.parallel.mesh import World
 
 
 def build_parallel(config: ModelConfig, parallel: ParallelConfig, world: World, seed: int) -> Transformer:
-    """A freshly initialised model of which this process holds its part: equal values whatever the layout."""
+    """A freshly initialised model of which this process holds its part: equal values whatever the layout.
+
+    Raises ConfigError for bfloat16 in a world without a mesh, which would compute in float32.
+    """
+    if world.dense is None and parallel.precision != "float32":
+        raise ConfigError(
+            f"parallel.precision={parallel.precision} needs the sharded master weights of a joined world.",
+            "Hand it the world of `joined_world(config)`, which opens one for a single process too.",
+        )
     model = build_on_meta(config)
     parallelise(model, parallel, world)
     materialise(model, world.device, seed)

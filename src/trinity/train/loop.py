@@ -4,6 +4,8 @@ A run killed at any moment and started again ends in bit-identical weights: the 
 """
 
 import fcntl
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -212,18 +214,38 @@ def only_user_of(run: Path) -> Iterator[None]:
     """
     with refusing_disk(run):
         run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as lock:
+        lock = (run / ".lock").open("a+")
+    with lock:
         patience = time.monotonic() + _DYING_SECONDS
-        while not _locked(lock):
+        while not _locked(lock, run):
             if time.monotonic() > patience:
-                raise UsageError(f"{run} is being trained by another process.", "Wait for it, or use another --out.")
+                raise _in_use(run, lock)
             time.sleep(0.1)
+        with refusing_disk(run):
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} {socket.gethostname()}\n")
+            lock.flush()
         yield
 
 
-def _locked(lock: TextIO) -> bool:
+def _locked(lock: TextIO, run: Path) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise UsageError(
+            f"The file system of {run} cannot lock a file ({error.strerror}), so two runs could write into it at once.",
+            "Use an --out on one that can, or have it mounted with locks (NFS: nfsvers=4, or lockd and no 'nolock').",
+        ) from error
     return True
+
+
+def _in_use(run: Path, lock: TextIO) -> UsageError:
+    lock.seek(0)
+    number, _, host = lock.read().strip().partition(" ")
+    named = f" ({number} on {host})" if host else ""
+    remedy = "Wait for it, or use another --out."
+    if host not in ("", socket.gethostname()):
+        remedy += f" If {host} is gone, its file server lets go of the lock within a minute or two: try again then."
+    return UsageError(f"{run} is being trained by another process{named}.", remedy)
