@@ -11,6 +11,7 @@ One process alone has no mesh and no process group: `World.alone()`. Launched by
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,12 +78,12 @@ class World:
         return values
 
     def largest_of_replicas(self, value: torch.Tensor) -> torch.Tensor:
-        """The largest of the replicas' values of one scalar; NaN where one is, which a reduction might drop."""
+        """The largest of the replicas' values of one scalar; a NaN, which a maximum might drop, counts as infinite."""
         if self.dense is None or self.dense["replicate"].size() == 1:
             return value
-        found = [torch.empty_like(value) for _ in range(self.dense["replicate"].size())]
-        dist.all_gather(found, value, group=self.dense["replicate"].get_group())
-        return torch.stack(found).max()
+        value = value.nan_to_num(nan=math.inf, posinf=math.inf)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.dense["replicate"].get_group())
+        return value
 
     def sum_over_context(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over the processes that share rows, in place."""

@@ -55,6 +55,7 @@ def transfers(run: RunConfig, layout: Layout, rank: int | None = None) -> list[T
         Transfer("losses of microbatches", "all-reduce", "world", layout.size, 16 * microbatches * layout.data, 1),
         Transfer("figures of the step", "all-reduce", "world", layout.size, 24, 2),
         Transfer("gradient norm", "all-reduce", "fsdp", layout.fsdp, 8, 1),
+        Transfer("gradient norm", "all-reduce", "replicate", layout.replicate, 8, 1),
     ]  # fmt: skip
     return [transfer for transfer in found if transfer.processes > 1 and transfer.payload]
 
