@@ -83,3 +83,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="4 GPUs, none for the process with LOCAL_RANK 4") as caught:
         device_of(ParallelConfig())
     assert "at most 4 processes" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("name", "size"), [("nano", 8), ("mini", 64), ("large", 256), ("large", 2048)])
+def test_the_published_recipes_are_for_gpus_and_their_layout_fits_clusters_of_any_size(name, size):
+    """Without it `train large` would be a run in float32."""
+    config = recipe(name)
+    assert (config.parallel.precision, config.parallel.remat) == ("bfloat16", "block")
+    assert layout(config, size).expert == config.parallel.expert == (8 if name == "large" else 1)

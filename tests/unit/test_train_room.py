@@ -12,7 +12,7 @@ from trinity.train.state import TrainState
 
 
 def test_a_state_that_cannot_fit_is_refused():
-    run = override(recipe("large"), ["parallel.remat=block"])
+    run = override(recipe("large"), ["parallel.remat=block", "parallel.expert=1", "parallel.precision=float32"])
     with pytest.raises(ConfigError) as caught:
         refuse_what_cannot_fit(run, World.alone(), pytest.fail, available=16 * 2**30)
     said = str(caught.value)

@@ -8,13 +8,18 @@ The phases are as published: three mixes of data each, the anneal over the third
 the context extension. Our choices, because nothing was found: when Nano and Mini widen their step (at the same share of
 the run as Large), and of every extension the tokens in all (Large: those that its data holds; Nano and Mini: a tenth of
 them), in a step (as many as before) and in the warm-up (a tenth). Large-TrueBase is published as the model after 10T
-tokens, before the second mix: the checkpoint `phase-1`. The folders of the mixes are names to fill: make
+tokens, before the second mix: the checkpoint `phase-1`.
+
+They are for GPUs: bfloat16, blocks computed again in backward. Large was spread with its experts over the 8 GPUs of a
+machine and in replicas of 128 (16 of them); `parallel.replicate` stays 1 here, since 16 fits one size of cluster only:
+`trinity plan` names the layout for another. The folders of the mixes are names to fill: make
 them with `trinity data mix`, or set phases.N.mix.
 """
 
 from trinity.config.data import DataConfig
 from trinity.config.model import ModelConfig
 from trinity.config.optim import BalanceConfig, OptimConfig
+from trinity.config.parallel import ParallelConfig
 from trinity.config.phases import ExtensionConfig, PhaseConfig
 from trinity.config.run import RunConfig
 from trinity.config.train import TrainConfig
@@ -52,6 +57,7 @@ def nano() -> RunConfig:
         ),
         balance=BalanceConfig(rule="sign", sign_gamma=1e-3, sequence_loss=0.0, z_loss=0.0),
         train=_cluster_training(tokens=10 * _TRILLION, batch_tokens=4096 * 4096),
+        parallel=_on_gpus(),
         phases=_three_mixes("nano", 7 * _TRILLION, 8_800 * _BILLION, 2_900 * _BILLION, 8192 * 4096),
         extension=ExtensionConfig(
             tokens=12 * _BILLION,
@@ -95,6 +101,7 @@ def mini() -> RunConfig:
         ),
         balance=BalanceConfig(rule="sign", sign_gamma=1e-3, sequence_loss=0.0, z_loss=0.0),
         train=_cluster_training(tokens=10 * _TRILLION, batch_tokens=4096 * 4096),
+        parallel=_on_gpus(),
         phases=_three_mixes("mini", 7 * _TRILLION, 8_800 * _BILLION, 2_900 * _BILLION, 8192 * 4096),
         extension=ExtensionConfig(
             tokens=12 * _BILLION,
@@ -140,6 +147,7 @@ def large() -> RunConfig:
         ),
         balance=BalanceConfig(rule="smebu", sequence_loss=1e-4, z_loss=1e-6),
         train=_cluster_training(tokens=17 * _TRILLION, batch_tokens=12288 * 8192),
+        parallel=_on_gpus(expert=8),
         phases=_three_mixes("large", 10 * _TRILLION, 14 * _TRILLION, 4_900 * _BILLION, 16384 * 8192),
         extension=ExtensionConfig(
             tokens=117 * _BILLION,
@@ -151,6 +159,10 @@ def large() -> RunConfig:
             decay="cosine",
         ),
     )
+
+
+def _on_gpus(expert: int = 1) -> ParallelConfig:
+    return ParallelConfig(expert=expert, precision="bfloat16", remat="block")
 
 
 def _three_mixes(name: str, second: int, third: int, wide: int, wide_tokens: int) -> tuple[PhaseConfig, ...]:

@@ -1,6 +1,8 @@
 """The loop: step, then duties. The same call on the same folder goes on where the last one stopped.
 
-A run killed at any moment and started again ends in bit-identical weights: the step depends on nothing but TrainState.
+A step depends on nothing but TrainState, so on a CPU a run that was killed at any moment and started again ends in
+bit-identical weights. On a GPU it goes on from the same state and data, but nothing makes the bits equal: some backward
+kernels add in no fixed order (atomics). How far such runs part has not been measured yet.
 """
 
 import fcntl
