@@ -18,6 +18,17 @@ def in_processes(size: int, function: Callable[..., None], *arguments: Any, seco
 
     An exception in one of them is raised here. The function must be importable: a module's, not a test's inner one.
     """
+    try:
+        _run(size, function, arguments, seconds)
+    except multiprocessing.ProcessExitedException as died:
+        # One start in about fifty was seen to end in a segmentation fault, among process groups that come and go in one
+        # process; where it comes from is not known yet. One that repeats fails.
+        if died.signal_name != "SIGSEGV":
+            raise
+        _run(size, function, arguments, seconds)
+
+
+def _run(size: int, function: Callable[..., None], arguments: tuple[Any, ...], seconds: float) -> None:
     _STARTED.set_forkserver_preload(["torch", "trinity.train.loop", "trinity.train.saver"])
     context = multiprocessing.start_processes(
         _enter,
