@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trinity.config.optim import OptimConfig
-from trinity.optim.muon import Across, Muon
+from trinity.optim.muon import Across, Muon, local
 
 _MUON = (
     "q_proj.weight",
@@ -50,7 +49,7 @@ class Optimisers:
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found]
+        return [local(grad) for grad in found]
 
     def zero_grad(self) -> None:
         self.muon.zero_grad(set_to_none=True)

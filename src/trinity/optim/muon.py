@@ -88,7 +88,7 @@ class Muon(Optimizer):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         assert parameter.grad is not None
-        return Slice(_local(parameter), _local(parameter.grad), _local(state["momentum"]))
+        return Slice(local(parameter), local(parameter.grad), local(state["momentum"]))
 
     def _slices(self, parameter: Tensor) -> Iterator["Slice"]:
         """Views of a parameter, its gradient and moment as stacks [n, fan_out, fan_in] of bounded size."""
@@ -134,7 +134,8 @@ def _is_cut(parameter: Tensor) -> bool:
     return isinstance(parameter, DTensor) and parameter.dim() == 2 and parameter.grad is not None
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

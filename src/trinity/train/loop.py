@@ -115,13 +115,14 @@ def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, sh
         seconds = time.perf_counter() - started
         for other in duties.watch.stepped(phase, state.step, state.tokens, measured.loss, loaded, seconds):
             duties.incident(state.step, other)
-        if any(_saves_due(state, config, before)):
+        saves = _saves_due(state, config, before)
+        if any(saves):
             verdict = state.guard.judge_tensors(state.not_finite())
             if verdict.action != "update":
                 incident = Incident(verdict.kind, verdict.reason, verdict.action, {})
                 _leave(state, incident, state.step, duties, roll_back)
                 continue
-        _do_duties(state, config, duties, before)
+        _do_duties(state, config, duties, before, saves)
 
 
 def _leave(state: TrainState, incident: Incident, step: int, duties: Duties, roll_back: RollBack) -> None:
@@ -154,13 +155,15 @@ def next_microbatches(loader: Loader, phase: Phase, world: World) -> list[Batch]
     return [loader.next_batch(phase.microbatch_rows, world.data_rank, world.data_size) for _ in range(rounds)]
 
 
-def _do_duties(state: TrainState, config: RunConfig, duties: Duties, before: int) -> None:
+def _do_duties(
+    state: TrainState, config: RunConfig, duties: Duties, before: int, saves: tuple[list[str], bool]
+) -> None:
     duties.look_after_save()
     done = state.tokens >= config.horizon
     if done or due(config.train.evaluate_every_tokens, before, state.tokens):
         with duties.watch.doing("evaluating"):
             duties.evaluate(state)
-    names, of_step = _saves_due(state, config, before)
+    names, of_step = saves
     for name in names:
         with duties.watch.doing("saving"):
             duties.save_named(state, name)
