@@ -33,6 +33,7 @@ from trinity.plan.layout import Layout
 from trinity.plan.memory import rank_memory
 from trinity.plan.params import count_parameters
 from trinity.recipes.table import recipe
+from trinity.train.room import keep_freed_memory
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update
 
@@ -86,6 +87,7 @@ class Transformers:
 def serve_side(name: str, options: argparse.Namespace) -> None:
     """The process of a side: for each line on stdin a step of one and one of three microbatches, as a line of JSON."""
     config = configured(options)
+    keep_freed_memory()  # as a training run does, for both sides alike
     side = {"trinity": Ours, "transformers": Transformers}[name](config, options.experts)
     batches = [batch_of(config, options.rows, options.length) for _ in range(3)]
     muon = side.muon.step

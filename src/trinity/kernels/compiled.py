@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
@@ -28,11 +29,17 @@ _FLAGS += ["-DAT_PARALLEL_OPENMP=1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compi
 _OPERATORS = torch.library.Library("trinity", "DEF")
 for _schema in (
     "matmul(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()",
-    "grouped_rows(Tensor rows, Tensor weights, Tensor ends, Tensor(a!) out, bool transposed) -> ()",
-    "grouped_weights(Tensor grads, Tensor rows, Tensor ends, Tensor(a!) out, bool add) -> ()",
+    "experts(Tensor x, Tensor order, Tensor ends, Tensor weights, Tensor gate_up, Tensor down, Tensor(a!) out,"
+    " Tensor(b!) kept) -> ()",
+    "experts_backward(Tensor grad, Tensor x, Tensor order, Tensor ends, Tensor weights, Tensor gate_up, Tensor down,"
+    " Tensor kept, Tensor(a!) grad_x, Tensor(b!) grad_weights, Tensor(c!) grad_gate_up, Tensor(d!) grad_down,"
+    " bool add_gate_up, bool add_down) -> ()",
     "attend(Tensor q, Tensor k, Tensor v, Tensor first, float scale, Tensor(a!) out, Tensor(b!) sums) -> ()",
     "attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor first, float scale, Tensor out, Tensor sums,"
     " Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()",
+    "normalise(Tensor x, Tensor weight, float eps, Tensor(a!) out, Tensor(b!) scale) -> ()",
+    "normalise_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale, Tensor(a!) grad_x, Tensor(b!) grad_weight)"
+    " -> ()",
     "orthogonalise(Tensor(a!) stack, int steps, float a, float b, float c) -> ()",
 ):
     _OPERATORS.define(_schema)
@@ -40,11 +47,14 @@ for _schema in (
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: float32 on a CPU, outside torch.compile, and the library is there."""
+    """Whether the kernels take these: float32 on a CPU, outside torch.compile, and the library is there.
+
+    Tensors without values (a dry run) always fit: they stand for those of a machine that has the kernels.
+    """
     return (
-        all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+        all(tensor.device.type in ("cpu", "meta") and tensor.dtype == torch.float32 for tensor in tensors)
         and not torch.compiler.is_compiling()
-        and is_loaded()
+        and (any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors) or is_loaded())
     )
 
 

@@ -1,116 +1,29 @@
-// Float32 matrix products on a CPU, spread over threads in whole blocks.
+// Float32 matrix products on a CPU, spread over threads in whole blocks, and the two things made of them alone.
 //
-// Each block is one oneDNN product on one thread, and blocks are taken from a shared counter. So a thread that another
-// process holds up does not hold up the rest, and no bit of a result depends on how many threads there are. oneDNN is
-// reached through ATen's own wrapper: its kernels use AVX-512 wherever the processor has it, which the BLAS that torch
-// calls by default does only on some.
+// The BLAS that torch calls uses AVX-512 on some processors only; these use what the compiler knows this one to have.
 
+#include <ATen/Config.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <vector>
 
-#include "matmul.h"
+#include "tile.h"
+#include "turns.h"
 
-namespace at::native {
-TORCH_API void mkldnn_matmul(const Tensor& a, const Tensor& b, const Tensor& out, float beta, float alpha);
-}
+// The BLAS inside torch; absent from builds that hide it.
+extern "C" __attribute__((weak)) void sgemm_(const char* flip_a, const char* flip_b, const int* m, const int* n,
+                                             const int* k, const float* alpha, const float* a, const int* a_row,
+                                             const float* b, const int* b_row, const float* beta, float* c,
+                                             const int* c_row);
 
 namespace trinity {
-
-namespace {
-
-constexpr int64_t kRows = 256;    // rows of a result that one task computes
-constexpr int64_t kColumns = 64;  // rows of a weight's gradient that one task computes
-constexpr int64_t kStretch = 64;  // rows of an expert taken at once: few shapes, so oneDNN's kernels are made once
-
-at::Tensor span(const at::Tensor& x, int64_t start, int64_t length) { return x.narrow(0, start, length); }
-
-// out[start:end] = a[start:end] b, kStretch rows at a time.
-void multiply_stretch(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, int64_t start, int64_t end) {
-  for (int64_t at = start; at < end; at += kStretch) {
-    const int64_t length = std::min(kStretch, end - at);
-    multiply(span(a, at, length), b, span(out, at, length), false);
-  }
-}
-
-// out (+)= a[start:end]^T b[start:end], summed kStretch rows at a time.
-void multiply_transposed(
-    const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, int64_t start, int64_t end, bool add) {
-  for (int64_t at = start; at < end; at += kStretch) {
-    const int64_t length = std::min(kStretch, end - at);
-    multiply(span(a, at, length).t(), span(b, at, length), out, add || at > start);
-  }
-}
-
-// a [M, I] b [I, O] -> out [M, O], or added to it: whole blocks of rows of the result.
-void matmul(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add) {
-  // A transposed left side is a weight's gradient: its result has few rows, each the sum over very many.
-  const int64_t rows = out.size(0), block = a.stride(0) == 1 && a.size(1) > rows ? kColumns : kRows;
-  take_turns((rows + block - 1) / block, [&](int64_t task) {
-    const int64_t start = task * block, length = std::min(block, rows - start);
-    multiply(span(a, start, length), b, span(out, start, length), add);
-  });
-}
-
-// rows [R, I] of E experts, weights [E, O, I] (transposed: [E, I, O]), ends [E] -> out [R, O].
-void grouped_rows(
-    const at::Tensor& rows, const at::Tensor& weights, const at::Tensor& ends, const at::Tensor& out, bool transposed) {
-  const int64_t* end = ends.const_data_ptr<int64_t>();
-  take_turns(weights.size(0), [&](int64_t expert) {
-    const int64_t start = expert ? end[expert - 1] : 0;
-    if (start == end[expert]) return;
-    const at::Tensor weight = weights.select(0, expert);
-    multiply_stretch(rows, transposed ? weight : weight.t(), out, start, end[expert]);
-  });
-}
-
-// grads [R, O], rows [R, I], ends [E] -> out [E, O, I] (+)= each expert's grads^T rows; zero where it has no rows.
-void grouped_weights(
-    const at::Tensor& grads, const at::Tensor& rows, const at::Tensor& ends, const at::Tensor& out, bool add) {
-  const int64_t* end = ends.const_data_ptr<int64_t>();
-  take_turns(out.size(0), [&](int64_t expert) {
-    const int64_t start = expert ? end[expert - 1] : 0;
-    const at::Tensor gradient = out.select(0, expert);
-    if (start < end[expert]) {
-      multiply_transposed(grads, rows, gradient, start, end[expert], add);
-    } else if (!add) {
-      gradient.zero_();
-    }
-  });
-}
-
-// Newton-Schulz in place on stack [n, m, k], m <= k: see optim/orthogonalise.py. A whole matrix is one task, which
-// keeps it in the cache of its core over all the steps.
-void orthogonalise(const at::Tensor& stack, int64_t steps, double a, double b, double c) {
-  const int64_t m = stack.size(1), k = stack.size(2);
-  take_turns(stack.size(0), [&](int64_t index) {
-    at::Tensor x = stack.select(0, index), spare = at::empty({m, k}, stack.options());
-    const at::Tensor gram = at::empty({m, m}, stack.options()), square = at::empty({m, m}, stack.options());
-    for (int64_t step = 0; step < steps; ++step) {
-      multiply(x, x.t(), gram, false);
-      multiply(gram, gram, square, false);
-      // (a I + b G + c G^2) X
-      square.mul_(c).add_(gram, b);
-      square.diagonal().add_(a);
-      multiply(square, x, spare, false);
-      std::swap(x, spare);
-    }
-    if (steps % 2) stack.select(0, index).copy_(x);
-  });
-}
-
-}  // namespace
-
-void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add) {
-  at::native::mkldnn_matmul(a, b, out, add ? 1.0f : 0.0f, 1.0f);
-}
 
 void take_turns(int64_t tasks, const std::function<void(int64_t)>& work) {
   std::atomic<int64_t> next{0};
@@ -130,10 +43,154 @@ void take_turns(int64_t tasks, const std::function<void(int64_t)>& work) {
   if (failure) std::rethrow_exception(failure);
 }
 
+namespace {
+
+constexpr int64_t kRows = 96;       // rows of a result that one task computes; a multiple of every tile's rows
+constexpr int64_t kDepth = 384;     // of a product at once: a panel of the right side this deep stays in the cache
+constexpr int64_t kColumns = 3072;  // columns of a result that one task computes
+
+// A panel of b [depth, width], values row and column apart, its columns beyond `columns` zero.
+void pack_panel(const float* b, int64_t row, int64_t column, int64_t depth, int64_t columns, int64_t width, float* to) {
+  const int64_t real = std::min(columns, width);
+  if (row == 1) return transpose(b, column, real, depth, to, width);
+  for (int64_t k = 0; k < depth; ++k, to += width) {
+    if (column == 1 && real == width) {
+      for (int64_t j = 0; j < width; j += kLanes) vec(to + j) = vec(b + k * row + j);
+    } else {
+      for (int64_t j = 0; j < width; ++j) to[j] = j < real ? b[k * row + j * column] : 0.0f;
+    }
+  }
+}
+
+// `tall` rows of a left side whose columns are contiguous -> [depth, tall], so that a tile finds its next values near.
+template <int64_t tall>
+void pack_left(const Left& a, int64_t depth, float* to) {
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t r = 0; r < tall; ++r) to[k * tall + r] = a.at[r + k * a.column];
+  }
+}
+
+void pack_left(const Left& a, int64_t tall, int64_t depth, float* to) {
+  if (tall == 6) return pack_left<6>(a, depth, to);
+  if (tall == 8) return pack_left<8>(a, depth, to);
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t r = 0; r < tall; ++r) to[k * tall + r] = a.at[r + k * a.column];
+  }
+}
+
+// The product by our own tiles, the right side packed once for all rows.
+void multiply_by_tiles(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add) {
+  const int64_t rows = out.size(0), columns = out.size(1), depth = a.size(1), out_row = out.stride(0);
+  const float* right = b.const_data_ptr<float>();
+  const Left left{a.const_data_ptr<float>(), a.stride(0), a.stride(1)};
+  float* result = out.mutable_data_ptr<float>();
+  const Panels panels(columns);
+  const int64_t padded = whole_vectors(columns), deep = std::max<int64_t>(1, (depth + kDepth - 1) / kDepth);
+  const at::Tensor packed = at::empty({padded * depth}, b.options());
+  float* pack = packed.mutable_data_ptr<float>();
+  take_turns(deep * panels.count, [&](int64_t task) {
+    const int64_t k = task / panels.count * kDepth, thick = std::min(kDepth, depth - k), start = panels.start(task % panels.count);
+    pack_panel(right + k * b.stride(0) + start * b.stride(1), b.stride(0), b.stride(1), thick, columns - start,
+               panels.width(task % panels.count), pack + k * padded + start * thick);
+  });
+  const int64_t tall = rows_for(panels.width(0) / kLanes), across = std::max<int64_t>(1, kColumns / panels.width(0));
+  const int64_t wide = (panels.count + across - 1) / across;
+  take_turns((rows + kRows - 1) / kRows * wide, [&](int64_t task) {
+    const int64_t top = task / wide * kRows, height = std::min(kRows, rows - top);
+    const int64_t from = task % wide * across, to = std::min(panels.count, from + across);
+    Scratch scratch{kTileRows * kDepth};
+    float* block = scratch.take(kTileRows * kDepth);
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      const int64_t thick = std::min(kDepth, depth - k);
+      for (int64_t i = 0; i < height; i += tall) {
+        const int64_t some = std::min(tall, height - i);
+        Left piece = left.from(top + i, k);
+        if (piece.row == 1 && piece.column != 1) {
+          pack_left(piece, some, thick, block);
+          piece = {block, 1, some};
+        }
+        for (int64_t p = from; p < to; ++p) {
+          const int64_t start = panels.start(p), width = panels.width(p);
+          tile_for(some, width / kLanes)(thick, piece, pack + k * padded + start * thick, width,
+                                         result + (top + i) * out_row + start, out_row, columns - start, add || k > 0);
+        }
+      }
+    }
+    if (depth == 0 && !add) {
+      for (int64_t i = 0; i < height; ++i) std::fill_n(result + (top + i) * out_row, columns, 0.0f);
+    }
+  });
+}
+
+// Torch's BLAS is MKL on x86, which uses all of a processor that Intel made and half the vector width of others.
+bool blas_is_whole() {
+#if defined(__x86_64__)
+  static const bool intel = AT_MKL_ENABLED() && sgemm_ != nullptr && __builtin_cpu_is("intel");
+  return intel;
+#else
+  return false;
+#endif
+}
+
+// The product by torch's BLAS: whole blocks of rows of the result, each on one thread.
+void multiply_by_blas(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add) {
+  // A transposed left side is a weight's gradient: its result has few rows, each the sum over very many.
+  const int64_t rows = out.size(0), block = a.stride(0) == 1 && a.size(1) > rows ? 64 : 256;
+  const bool b_flipped = b.stride(1) != 1, a_flipped = a.stride(1) != 1;
+  const int columns = static_cast<int>(out.size(1)), depth = static_cast<int>(a.size(1));
+  const int b_row = static_cast<int>(b.stride(b_flipped ? 1 : 0)), a_row = static_cast<int>(a.stride(a_flipped ? 1 : 0));
+  const int out_row = static_cast<int>(out.stride(0));
+  const float one = 1.0f, kept = add ? 1.0f : 0.0f;
+  // BLAS counts columns first: the transposed product of the transposed matrices.
+  take_turns((rows + block - 1) / block, [&](int64_t task) {
+    const int64_t top = task * block;
+    const int height = static_cast<int>(std::min(block, rows - top));
+    sgemm_(b_flipped ? "T" : "N", a_flipped ? "T" : "N", &columns, &height, &depth, &one, b.const_data_ptr<float>(), &b_row,
+           a.const_data_ptr<float>() + top * a.stride(0), &a_row, &kept, out.mutable_data_ptr<float>() + top * out_row,
+           &out_row);
+  });
+}
+
+// a [M, I] b [I, O] -> out [M, O], or added to it. Each side has contiguous rows or columns, out contiguous rows.
+void matmul(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add) {
+  TORCH_CHECK(out.stride(1) == 1 || out.size(1) == 1, "the result's rows must be contiguous");
+  const auto plain = [](const at::Tensor& x) { return x.size(0) > 1 && x.size(1) > 1 && (x.stride(0) == 1 || x.stride(1) == 1); };
+  if (blas_is_whole() && plain(a) && plain(b)) return multiply_by_blas(a, b, out, add);
+  multiply_by_tiles(a, b, out, add);
+}
+
+// Newton-Schulz in place on stack [n, m, k], m <= k: see optim/orthogonalise.py. A whole matrix is one task, which
+// keeps it in the cache of its core over all the steps.
+void orthogonalise(const at::Tensor& stack, int64_t steps, double a, double b, double c) {
+  const int64_t m = stack.size(1), k = stack.size(2), high = whole_vectors(m), wide = whole_vectors(k);
+  float* matrices = stack.mutable_data_ptr<float>();
+  take_turns(stack.size(0), [&](int64_t index) {
+    Scratch scratch{2 * m * wide, wide * high, 2 * m * high};
+    float *x = scratch.take(m * wide), *next = scratch.take(m * wide), *flipped = scratch.take(wide * high);
+    float *gram = scratch.take(m * high), *factor = scratch.take(m * high);
+    for (int64_t i = 0; i < m; ++i) {
+      std::copy_n(matrices + (index * m + i) * k, k, x + i * wide);
+      std::fill_n(x + i * wide + k, wide - k, 0.0f);
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+      transpose(x, wide, m, k, flipped, high);
+      multiply_here(m, high, k, {x, wide, 1}, flipped, high, gram, high, false);
+      multiply_here(m, high, m, {gram, high, 1}, gram, high, factor, high, false);
+      // (a I + b G + c G^2) X
+      const float linear = static_cast<float>(b), square = static_cast<float>(c);
+      for (int64_t i = 0; i < m * high; ++i) factor[i] = factor[i] * square + gram[i] * linear;
+      for (int64_t i = 0; i < m; ++i) factor[i * high + i] += static_cast<float>(a);
+      multiply_here(m, wide, m, {factor, high, 1}, x, wide, next, wide, false);
+      std::swap(x, next);
+    }
+    for (int64_t i = 0; i < m; ++i) std::copy_n(x + i * wide, k, matrices + (index * m + i) * k);
+  });
+}
+
+}  // namespace
+
 TORCH_LIBRARY_IMPL(trinity, CPU, library) {
   library.impl("matmul", matmul);
-  library.impl("grouped_rows", grouped_rows);
-  library.impl("grouped_weights", grouped_weights);
   library.impl("orthogonalise", orthogonalise);
 }
 

@@ -3,7 +3,7 @@
 A weight's gradient is added straight to the `.grad` it already has, in the product itself. Autograd would otherwise
 fill a second tensor as large as all experts in every microbatch, and read both to add them.
 
-Shapes: N tokens, R routed rows, E experts, I and O the inner and outer width of a matrix.
+Shapes: I and O are the inner and outer width of a matrix.
 """
 
 from typing import Any
@@ -60,33 +60,6 @@ class Product(torch.autograd.Function):
         out = torch.empty_like(weight) if held is None else held
         torch.ops.trinity.matmul(grad.T, x.reshape(-1, x.shape[-1]), out, held is not None)
         return grad_x, out if held is None else None
-
-
-class GroupedProduct(torch.autograd.Function):
-    """rows[a:b] weights[e]^T for each expert's stretch of rows; weights [E, ..., I], the middle counting as O."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, ends)
-        stacked = weights.flatten(1, -2)
-        out = rows.new_empty(rows.shape[0], stacked.shape[1])
-        torch.ops.trinity.grouped_rows(rows, stacked, ends, out, False)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        rows, weights, ends = ctx.saved_tensors
-        grad_rows = None
-        if ctx.needs_input_grad[0]:
-            grad_rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
-            torch.ops.trinity.grouped_rows(grads[0], weights.flatten(1, -2), ends, grad_rows, True)
-        if not ctx.needs_input_grad[1]:
-            return grad_rows, None, None
-        held = held_gradient(ctx, 1)
-        out = torch.empty_like(weights) if held is None else held
-        torch.ops.trinity.grouped_weights(grads[0], rows, ends, out.flatten(1, -2), held is not None)
-        return grad_rows, out if held is None else None, None
 
 
 def held_gradient(ctx: Any, index: int) -> Tensor | None:

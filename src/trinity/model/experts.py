@@ -1,18 +1,19 @@
-"""Routed experts, stacked: three matrices an expert, one grouped matmul for all of them, and its plain twin.
+"""Routed experts, stacked: three matrices an expert, and every token through those it chose.
 
 Shapes: N tokens, K chosen, R = N x K routed rows, E experts, D width, F hidden width.
 """
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from trinity.config.model import ModelConfig
-from trinity.kernels.products import GroupedProduct, fits
+from trinity.kernels.compiled import fits
+from trinity.kernels.experts import RoutedExperts
 from trinity.model.dispatch import Dispatch
 from trinity.model.layers import GatePacked, SwiGLU
 from trinity.model.router import Router, Routing
+from trinity.model.rows import CombineRows, GatherRows
 
 
 class Experts(nn.Module):
@@ -24,9 +25,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2, hidden, width))  # [:, 0] gate, [:, 1] up
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
 
-    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """rows [R, D] grouped by expert, ends [E] their cumulative counts -> [R, D], each through its own expert."""
-        return through_experts(rows, ends, self.gate_up_proj, self.down_proj)
+    def forward(self, x: Tensor, weights: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+        """x [N, D], weights [N, K] -> [N, D]: see `through_experts`."""
+        return through_experts(x, weights, order, ends, self.gate_up_proj, self.down_proj)
 
 
 class MixtureOfExperts(nn.Module):
@@ -54,20 +55,25 @@ class MixtureOfExperts(nn.Module):
         return out.view_as(x), routing
 
 
-def through_experts(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """down[e](silu(gate[e](row)) * up[e](row)) for each expert's stretch of rows [R, D]; gate_up [E, 2, F, D]."""
-    return grouped_matmul(GatePacked.apply(grouped_matmul(rows, gate_up, ends)), down, ends)
+def through_experts(x: Tensor, weights: Tensor, order: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """sum over a token's choices of weight x down[e](silu(gate[e](x)) * up[e](x)): x [N, D], weights [N, K] -> [N, D].
+
+    order [R] groups the rows by expert: row r is choice order[r] % K of token order[r] // K; ends [E] are the cumulative
+    counts, int64; gate_up [E, 2, F, D]; down [E, D, F]. On a CPU by the compiled kernels.
+    """
+    if fits(x, gate_up, down):
+        return RoutedExperts.apply(x, gate_up, down, weights, order, ends)
+    rows = GatherRows.apply(x, order, weights.shape[1])
+    rows = grouped_matmul(GatePacked.apply(grouped_matmul(rows, gate_up, ends)), down, ends)
+    return CombineRows.apply(rows, weights, order)
 
 
 def grouped_matmul(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """rows[a:b] @ weights[e].T for each expert's stretch [a, b) of rows: [R, I] x [E, ..., I] -> [R, O].
 
-    The middle dimensions of `weights` count together as O; `ends` [E] int64 are the cumulative row counts. On a CPU by
-    the compiled kernels, else by grouped_mm, and by the loop where that does not take the shapes: its strides must be
-    multiples of 16 bytes. Float32 shapes without values (a dry run) pass as on a CPU; grouped_mm refuses to trace them.
+    The middle dimensions of `weights` count together as O. By grouped_mm, and by the loop where that does not take the
+    shapes: its strides must be multiples of 16 bytes.
     """
-    if fits(rows, weights) or (rows.dtype == torch.float32 and (rows.is_meta or isinstance(rows, FakeTensor))):
-        return GroupedProduct.apply(rows, weights, ends)
     weights = weights.flatten(1, -2)
     aligned = 16 // rows.element_size()
     if rows.shape[1] % aligned or weights.shape[1] % aligned:

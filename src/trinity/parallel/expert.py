@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trinity.model.dispatch import CombineRows, Dispatch, GatherRows, GroupedExperts, inverse, locally
+from trinity.model.dispatch import ChosenExperts, Dispatch, locally
 from trinity.model.router import Routing
+from trinity.model.rows import CombineRows, GatherRows
 from trinity.parallel.mesh import World
 
 
@@ -48,15 +49,13 @@ class ExpertParallel:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.size = group, group.size()
 
-    def __call__(self, experts: GroupedExperts, x: Tensor, routing: Routing) -> Tensor:
+    def __call__(self, experts: ChosenExperts, x: Tensor, routing: Routing) -> Tensor:
         order = routing.chosen.flatten().argsort(stable=True)
         rows = GatherRows.apply(x, order, routing.chosen.shape[1])
         sent, received, there, here = self.splits(routing)
         rows = Exchange.apply(rows, here, there, self.group)
         by_expert = _by_local_expert(received, sum(here))
-        rows = GatherRows.apply(rows, by_expert, 1)
-        rows = experts(rows, received.sum(0).cumsum(0))
-        rows = GatherRows.apply(rows, inverse(by_expert), 1)
+        rows = experts(rows, routing.weights.new_ones(len(rows), 1), by_expert, received.sum(0).cumsum(0))
         rows = Exchange.apply(rows, there, here, self.group)
         return CombineRows.apply(rows, routing.weights, order)
 
@@ -74,7 +73,7 @@ class ExpertParallel:
 class ForcedBalance(ExpertParallel):
     """Exchanges counts and rows as always, of rows dealt out evenly: what travels is known without looking."""
 
-    def __call__(self, experts: GroupedExperts, x: Tensor, routing: Routing) -> Tensor:
+    def __call__(self, experts: ChosenExperts, x: Tensor, routing: Routing) -> Tensor:
         return super().__call__(experts, x, dealt_evenly(routing))
 
     def splits(self, routing: Routing) -> Splits:
@@ -87,7 +86,7 @@ class ForcedBalance(ExpertParallel):
         return Splits(sent, self.exchange_counts(sent), there, [there[self.group.rank()]] * self.size)
 
 
-def _balanced_locally(experts: GroupedExperts, x: Tensor, routing: Routing) -> Tensor:
+def _balanced_locally(experts: ChosenExperts, x: Tensor, routing: Routing) -> Tensor:
     return locally(experts, x, dealt_evenly(routing))
 
 

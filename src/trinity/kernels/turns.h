@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <initializer_list>
+#include <utility>
+#include <vector>
+
+namespace trinity {
+
+// work(0), ..., work(tasks - 1), each once, on all threads, each thread taking the next one that is free. So a thread
+// that another process holds up does not hold up the rest, and no bit of a result depends on how many there are.
+void take_turns(int64_t tasks, const std::function<void(int64_t)>& work);
+
+// Floats of this thread alone, in one piece that stays for the next task. One is in use at a time.
+class Scratch {
+ public:
+  explicit Scratch(std::initializer_list<int64_t> sizes) {
+    int64_t total = 0;
+    for (const int64_t size : sizes) total += size;
+    static thread_local std::vector<float> memory;
+    if (static_cast<int64_t>(memory.size()) < total) memory.resize(total);
+    next_ = memory.data();
+  }
+  float* take(int64_t size) { return std::exchange(next_, next_ + size); }
+
+ private:
+  float* next_;
+};
+
+}  // namespace trinity
