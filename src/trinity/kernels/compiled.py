@@ -29,11 +29,12 @@ _FLAGS += ["-DAT_PARALLEL_OPENMP=1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compi
 _OPERATORS = torch.library.Library("trinity", "DEF")
 for _schema in (
     "matmul(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()",
+    "multiply_by_tiles(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()",
     "experts(Tensor x, Tensor order, Tensor ends, Tensor weights, Tensor gate_up, Tensor down, Tensor(a!) out,"
-    " Tensor(b!) kept) -> ()",
+    " Tensor(b!) kept, Tensor(c!) rows) -> ()",
     "experts_backward(Tensor grad, Tensor x, Tensor order, Tensor ends, Tensor weights, Tensor gate_up, Tensor down,"
     " Tensor kept, Tensor(a!) grad_x, Tensor(b!) grad_weights, Tensor(c!) grad_gate_up, Tensor(d!) grad_down,"
-    " bool add_gate_up, bool add_down) -> ()",
+    " bool add_gate_up, bool add_down, Tensor(e!) rows) -> ()",
     "attend(Tensor q, Tensor k, Tensor v, Tensor first, float scale, Tensor(a!) out, Tensor(b!) sums) -> ()",
     "attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor first, float scale, Tensor out, Tensor sums,"
     " Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()",

@@ -7,10 +7,9 @@
 // x [N, D]; order [R]: rows grouped by expert, row r being choice order[r] % K of token order[r] / K; ends [E]: cumulative
 // counts; weights [N, K]; gate_up [E, 2, F, D]; down [E, D, F]; kept
 // [R + 15 E, 2 F]: gate and up before the activation, as [2 F, rows] for each stretch of an expert.
-// All contiguous float32, order and ends int64.
+// made [R, D]: scratch, what each row makes before they are summed. All contiguous float32, order and ends int64.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -99,10 +98,10 @@ std::vector<int64_t> places(const at::Tensor& order) {
 int64_t kept_at(const Stretch& s, int64_t hidden) { return (s.start + s.expert * kPadding) * 2 * hidden; }
 
 void experts(const at::Tensor& x, const at::Tensor& order, const at::Tensor& ends, const at::Tensor& weights,
-             const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& out, const at::Tensor& kept) {
+             const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& out, const at::Tensor& kept,
+             const at::Tensor& made) {
   const Layer layer{x, order, ends, weights, gate_up, down};
   const int64_t width = layer.width(), hidden = layer.hidden();
-  const at::Tensor made = at::empty({order.size(0), width}, x.options());
   float* result = made.mutable_data_ptr<float>();
   float* keep = kept.mutable_data_ptr<float>();
   layer.each(
@@ -130,10 +129,10 @@ void experts(const at::Tensor& x, const at::Tensor& order, const at::Tensor& end
 void experts_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& order, const at::Tensor& ends,
                       const at::Tensor& weights, const at::Tensor& gate_up, const at::Tensor& down,
                       const at::Tensor& kept, const at::Tensor& grad_x, const at::Tensor& grad_weights,
-                      const at::Tensor& grad_gate_up, const at::Tensor& grad_down, bool add_gate_up, bool add_down) {
+                      const at::Tensor& grad_gate_up, const at::Tensor& grad_down, bool add_gate_up, bool add_down,
+                      const at::Tensor& made) {
   const Layer layer{x, order, ends, weights, gate_up, down};
   const int64_t width = layer.width(), hidden = layer.hidden(), size = width * hidden;
-  const at::Tensor made = at::empty({order.size(0), width}, x.options());
   float *result = made.mutable_data_ptr<float>(), *by_choice = grad_weights.mutable_data_ptr<float>();
   float *to_gate_up = grad_gate_up.mutable_data_ptr<float>(), *to_down = grad_down.mutable_data_ptr<float>();
   const float *keep = kept.const_data_ptr<float>(), *weight = weights.const_data_ptr<float>();

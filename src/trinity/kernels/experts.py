@@ -29,7 +29,8 @@ class RoutedExperts(torch.autograd.Function):
         x, weights, order, ends = (t.contiguous() for t in (x, weights, order, ends))
         out = torch.empty_like(x)
         kept = x.new_empty(order.shape[0] + _PADDING * ends.shape[0], 2 * down.shape[2])
-        torch.ops.trinity.experts(x, order, ends, weights, gate_up, down, out, kept)
+        rows = x.new_empty(order.shape[0], x.shape[1])  # what each row makes, before they are summed
+        torch.ops.trinity.experts(x, order, ends, weights, gate_up, down, out, kept, rows)
         ctx.save_for_backward(x, gate_up, down, weights, order, ends, kept)
         return out
 
@@ -40,9 +41,10 @@ class RoutedExperts(torch.autograd.Function):
         grad_x, grad_weights = torch.empty_like(x), torch.empty_like(weights)
         held = [held_gradient(ctx, index) if ctx.needs_input_grad[index] else None for index in (1, 2)]
         filled = [torch.empty_like(m) if h is None else h for m, h in zip((gate_up, down), held, strict=True)]
+        rows = x.new_empty(order.shape[0], x.shape[1])
         torch.ops.trinity.experts_backward(
             grads[0].contiguous(), x, order, ends, weights, gate_up, down, kept, grad_x, grad_weights, *filled,
-            held[0] is not None, held[1] is not None,
+            held[0] is not None, held[1] is not None, rows,
         )  # fmt: skip
         to_gate_up, to_down = (new if h is None else None for new, h in zip(filled, held, strict=True))
         return grad_x, to_gate_up, to_down, grad_weights, None, None

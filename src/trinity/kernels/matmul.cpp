@@ -191,6 +191,7 @@ void orthogonalise(const at::Tensor& stack, int64_t steps, double a, double b, d
 
 TORCH_LIBRARY_IMPL(trinity, CPU, library) {
   library.impl("matmul", matmul);
+  library.impl("multiply_by_tiles", multiply_by_tiles);
   library.impl("orthogonalise", orthogonalise);
 }
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class NormaliseRows(torch.autograd.Function):
+class Normalise(torch.autograd.Function):
     """x / rms(x) * weight over the last dimension: x [..., C], weight [C] -> [..., C]."""
 
     @staticmethod

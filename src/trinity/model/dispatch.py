@@ -11,8 +11,8 @@ from torch import Tensor
 
 from trinity.model.router import Routing
 
-# (x [N, D], weights [N, K], order [N x K], ends [E]) -> [N, D]: Experts.forward, or the part of it that is here.
-ChosenExperts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# (x [N, D], weights [N, K] or None, order [N x K], ends [E]) -> [N, D]: Experts.forward, or the part of it that is here.
+ChosenExperts = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
 
 class Dispatch(Protocol):

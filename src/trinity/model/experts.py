@@ -13,7 +13,7 @@ from trinity.kernels.experts import RoutedExperts
 from trinity.model.dispatch import Dispatch
 from trinity.model.layers import GatePacked, SwiGLU
 from trinity.model.router import Router, Routing
-from trinity.model.rows import CombineRows, GatherRows
+from trinity.model.rows import CombineRows, GatherRows, inverse
 
 
 class Experts(nn.Module):
@@ -25,7 +25,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2, hidden, width))  # [:, 0] gate, [:, 1] up
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
 
-    def forward(self, x: Tensor, weights: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor | None, order: Tensor, ends: Tensor) -> Tensor:
         """x [N, D], weights [N, K] -> [N, D]: see `through_experts`."""
         return through_experts(x, weights, order, ends, self.gate_up_proj, self.down_proj)
 
@@ -55,17 +55,21 @@ class MixtureOfExperts(nn.Module):
         return out.view_as(x), routing
 
 
-def through_experts(x: Tensor, weights: Tensor, order: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def through_experts(
+    x: Tensor, weights: Tensor | None, order: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
     """sum over a token's choices of weight x down[e](silu(gate[e](x)) * up[e](x)): x [N, D], weights [N, K] -> [N, D].
 
     order [R] groups the rows by expert: row r is choice order[r] % K of token order[r] // K; ends [E] are the cumulative
-    counts, int64; gate_up [E, 2, F, D]; down [E, D, F]. On a CPU by the compiled kernels.
+    counts, int64; gate_up [E, 2, F, D]; down [E, D, F]. Without weights each row of x goes through one expert, K = 1. On a
+    CPU by the compiled kernels.
     """
     if fits(x, gate_up, down):
+        weights = x.new_ones(len(x), 1) if weights is None else weights
         return RoutedExperts.apply(x, gate_up, down, weights, order, ends)
-    rows = GatherRows.apply(x, order, weights.shape[1])
+    rows = GatherRows.apply(x, order, 1 if weights is None else weights.shape[1])
     rows = grouped_matmul(GatePacked.apply(grouped_matmul(rows, gate_up, ends)), down, ends)
-    return CombineRows.apply(rows, weights, order)
+    return GatherRows.apply(rows, inverse(order), 1) if weights is None else CombineRows.apply(rows, weights, order)
 
 
 def grouped_matmul(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trinity.kernels.compiled import fits
-from trinity.kernels.norm import NormaliseRows
+from trinity.kernels.norm import Normalise
 from trinity.kernels.products import linear
 
 
@@ -25,8 +25,30 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if fits(x, self.weight):
-            return NormaliseRows.apply(x, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+            return Normalise.apply(x, self.weight, self.eps)
+        if x.is_cuda:  # one kernel there; composed of many elsewhere
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return NormaliseRows.apply(x.float(), self.weight, self.eps).to(x.dtype)
+
+
+class NormaliseRows(torch.autograd.Function):
+    """F.rms_norm in fewer passes over memory, forward and backward (torch composes it of many on a CPU)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normal = x * scale
+        ctx.save_for_backward(normal, scale, weight)
+        return normal * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        normal, scale, weight = ctx.saved_tensors
+        product = grads[0] * normal
+        grad_weight = product.flatten(0, -2).sum(0)
+        shared = (product @ weight).div_(weight.shape[0]).unsqueeze(-1)  # mean over the row of grad * weight * normal
+        return (grads[0] * weight).addcmul_(normal, shared, value=-1).mul_(scale), grad_weight, None
 
 
 class Linear(nn.Linear):

@@ -37,7 +37,9 @@ class CombineRows(torch.autograd.Function):
         tokens, top_k = weights.shape
         back = rows.index_select(0, inverse(order)).view(tokens, top_k, -1)
         ctx.save_for_backward(back, weights, order)
-        return torch.bmm(weights.to(rows.dtype).unsqueeze(1), back).squeeze(1)
+        out = rows.new_empty(tokens, rows.shape[1])  # no view of it: FSDP2 warns of outputs that are views
+        torch.bmm(weights.to(rows.dtype).unsqueeze(1), back, out=out.unsqueeze(1))
+        return out
 
     @staticmethod
     @once_differentiable

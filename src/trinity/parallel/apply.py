@@ -91,7 +91,7 @@ def _cut_experts(experts: Experts, world: World) -> None:
     experts.forward = partial(_through_own, experts)
 
 
-def _through_own(experts: Experts, x: Tensor, weights: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+def _through_own(experts: Experts, x: Tensor, weights: Tensor | None, order: Tensor, ends: Tensor) -> Tensor:
     """Experts.forward over the experts that this process holds."""
     gate_up, down = experts.gate_up_proj, experts.down_proj
     assert isinstance(gate_up, DTensor) and isinstance(down, DTensor)

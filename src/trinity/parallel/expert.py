@@ -55,7 +55,7 @@ class ExpertParallel:
         sent, received, there, here = self.splits(routing)
         rows = Exchange.apply(rows, here, there, self.group)
         by_expert = _by_local_expert(received, sum(here))
-        rows = experts(rows, routing.weights.new_ones(len(rows), 1), by_expert, received.sum(0).cumsum(0))
+        rows = experts(rows, None, by_expert, received.sum(0).cumsum(0))
         rows = Exchange.apply(rows, there, here, self.group)
         return CombineRows.apply(rows, routing.weights, order)
 
