@@ -29,11 +29,11 @@ from trinity.config.load import override
 from trinity.config.run import RunConfig
 from trinity.data.loader import Batch
 from trinity.optim.muon import Muon
+from trinity.kernels.heap import keep_freed_memory
 from trinity.plan.layout import Layout
 from trinity.plan.memory import rank_memory
 from trinity.plan.params import count_parameters
 from trinity.recipes.table import recipe
-from trinity.train.room import keep_freed_memory
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update
 

@@ -82,6 +82,14 @@ def test_experts_are_those_of_the_loop(sizes, weighted, inner, hidden, backwards
 
 
 @needs_kernels
+def test_counts_of_other_experts_are_refused():
+    gate_up, down = normal(2, 2, 4, 8), normal(2, 8, 4)
+    for ends in ([10, 20, 40], [10, 39]):
+        with pytest.raises(RuntimeError, match="3 counts for 2 experts|every row needs an expert"):
+            through_experts(normal(40, 8), None, torch.arange(40), torch.tensor(ends), gate_up, down)
+
+
+@needs_kernels
 def test_nan_reaches_the_result():
     """A guard can only see what arrives."""
     x = normal(40, 8)

@@ -133,6 +133,7 @@ def test_a_step_sends_what_the_plan_says(replicate: int, shard: int, expert: int
     """One process of a fake group of four walks forward and backward; gathers and sums are counted in whole tensors."""
     from trinity.model.loss import chunked_loss
     from trinity.parallel.apply import parallelise
+    from trinity.parallel.expert import forced_balance
     from trinity.parallel.mesh import layout as layout_of
     from trinity.parallel.mesh import world_of
 
@@ -146,7 +147,8 @@ def test_a_step_sends_what_the_plan_says(replicate: int, shard: int, expert: int
         parallelise(model, run.parallel, world)
         tokens = torch.randint(run.model.vocab_size, (ROWS, 64))
         with Collectives() as counted:
-            output = model(tokens, attend=Packed(torch.zeros(ROWS, 64, dtype=torch.int64)))
+            attend = Packed(torch.zeros(ROWS, 64, dtype=torch.int64))
+            output = model(tokens, attend=attend, dispatch=forced_balance(world))
             head, targets = model.lm_head.weight, tokens.flatten()
             chunked_loss(output.hidden.flatten(0, 1), head, targets, 0.0, divisor=1.0)[0].backward()
     finally:

@@ -57,6 +57,15 @@ struct Layer {
   }
 };
 
+void check(const Layer& layer) {
+  const int64_t experts = layer.ends.size(0), rows = layer.order.size(0);
+  TORCH_CHECK(layer.gate_up.size(0) == experts && layer.down.size(0) == experts, experts, " counts for ",
+              layer.gate_up.size(0), " experts");
+  TORCH_CHECK(layer.weights.numel() == rows && layer.x.size(0) * layer.choices() == rows, rows, " rows for ",
+              layer.weights.numel(), " weights");
+  TORCH_CHECK(experts == 0 || layer.ends.const_data_ptr<int64_t>()[experts - 1] == rows, "every row needs an expert");
+}
+
 // Rows of `from` that a stretch is made of -> to [rows, width].
 void gather(const float* from, const int64_t* order, int64_t choices, const Stretch& s, int64_t width, float* to) {
   for (int64_t r = 0; r < s.rows; ++r) {
@@ -101,6 +110,7 @@ void experts(const at::Tensor& x, const at::Tensor& order, const at::Tensor& end
              const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& out, const at::Tensor& kept,
              const at::Tensor& made) {
   const Layer layer{x, order, ends, weights, gate_up, down};
+  check(layer);
   const int64_t width = layer.width(), hidden = layer.hidden();
   float* result = made.mutable_data_ptr<float>();
   float* keep = kept.mutable_data_ptr<float>();
@@ -132,6 +142,7 @@ void experts_backward(const at::Tensor& grad, const at::Tensor& x, const at::Ten
                       const at::Tensor& grad_gate_up, const at::Tensor& grad_down, bool add_gate_up, bool add_down,
                       const at::Tensor& made) {
   const Layer layer{x, order, ends, weights, gate_up, down};
+  check(layer);
   const int64_t width = layer.width(), hidden = layer.hidden(), size = width * hidden;
   float *result = made.mutable_data_ptr<float>(), *by_choice = grad_weights.mutable_data_ptr<float>();
   float *to_gate_up = grad_gate_up.mutable_data_ptr<float>(), *to_down = grad_down.mutable_data_ptr<float>();

@@ -20,6 +20,7 @@ from trinity.plan.params import (
     layer_weights,
 )
 
+KEPT_PADDING = 15  # rows that each expert may keep more (kernels/experts.py)
 LOSS_CHUNK = 2048  # tokens whose logits exist at once (model/loss.py)
 MUON_BATCH = 1 << 24  # values orthogonalised at once (optim/muon.py), in about five copies
 MUON_ROUND = 1 << 27  # values of matrices that travel to owners at once (parallel/muon.py)
@@ -144,7 +145,7 @@ def activation_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
     masks = 2 * 8 * tokens if kernels else _mask_bytes(model, layout, length)
     if layout.remat == "none":
         kinds = layer_patterns(model)
-        insides = (kind.layers * tokens * _token_activations(model, layout, length, kind, kernels) for kind in kinds)
+        insides = (kind.layers * _block_activations(model, layout, length, kind, kernels) for kind in kinds)
         return sum(insides) + final + masks
     scores = tokens * (4 * model.num_experts + 12 * model.num_experts_per_tok)  # for the balance loss
     inputs = model.num_hidden_layers * tokens * model.hidden_size * layout.value_bytes
@@ -156,11 +157,19 @@ def recomputed_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
     if layout.remat == "none":
         return 0
     model, tokens, length = run.model, layout.tokens(run), run.data.sequence_length
-    return tokens * max(_token_activations(model, layout, length, kind, kernels) for kind in layer_patterns(model))
+    return max(_block_activations(model, layout, length, kind, kernels) for kind in layer_patterns(model))
+
+
+def _block_activations(model: ModelConfig, layout: Layout, length: int, kind: LayerKind, kernels: bool) -> int:
+    """Bytes that one block saves for its backward (model/block.py, attention.py, experts.py)."""
+    tokens = layout.microbatch_rows * length // layout.context
+    padding = KEPT_PADDING * model.num_experts // layout.expert * 2 * model.moe_intermediate_size * 4
+    whole = padding if kernels and kind.is_sparse else 0
+    return whole + tokens * _token_activations(model, layout, length, kind, kernels)
 
 
 def _token_activations(model: ModelConfig, layout: Layout, length: int, kind: LayerKind, kernels: bool) -> int:
-    """Bytes that one block saves of a token for its backward (model/block.py, attention.py, experts.py)."""
+    """Bytes of it that belong to one token."""
     size, width, head = layout.value_bytes, model.hidden_size, model.head_dim
     query, key = model.num_attention_heads * head, model.num_key_value_heads * head
     heads = model.num_attention_heads + model.num_key_value_heads
@@ -176,9 +185,14 @@ def _token_activations(model: ModelConfig, layout: Layout, length: int, kind: La
         return norms + attention + 4 * size * model.intermediate_size
     chosen, hidden = model.num_experts_per_tok, model.moe_intermediate_size
     router = 4 * model.num_experts + chosen * (8 + 3 * 4) + (4 * width if size == 2 else 0)
-    rows = chosen * (8 + size * (2 * width + 3 * hidden))  # their order; into and out of experts, gate and up, product
-    if layout.expert > 1:
-        rows += chosen * 8 * 2  # the orders by local expert, there and back
+    if kernels:  # their order; gate and up before the activation
+        rows = chosen * (8 + size * 2 * hidden)
+        if layout.expert > 1:  # and as they arrived and came back, with the order by local expert and weights of one
+            rows += chosen * (size * 2 * width + 8 + 4)
+    else:  # their order; into and out of experts, gate and up, product
+        rows = chosen * (8 + size * (2 * width + 3 * hidden))
+        if layout.expert > 1:  # the orders by local expert, there and back
+            rows += chosen * 8 * 2
     shared = 4 * size * hidden * model.num_shared_experts
     return norms + attention + router + rows + shared
 

@@ -22,6 +22,7 @@ from trinity.ckpt.peers import Peers
 from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
 from trinity.data.loader import Batch, Loader
+from trinity.kernels.heap import keep_freed_memory
 from trinity.parallel.agree import agree
 from trinity.parallel.lost import noticing_lost_peers
 from trinity.parallel.mesh import World, check_rows, joined_world, misfits
@@ -183,6 +184,8 @@ def prepare(
     peers.first(lambda: _make_ready(run, config, loader, data, world))
     changed = peers.together(lambda: settings.changes(run, config, loader))
     peers.together(lambda: refuse_what_cannot_fit(config, world, say))
+    if world.device.type == "cpu":
+        keep_freed_memory()
     state = peers.together(lambda: TrainState.fresh(config, loader, world))
     for misfit in misfits(config, world):
         say(f"later: {misfit} Go on from there under another layout (docs/guides/parallelism.md).")

@@ -4,7 +4,6 @@ Weights, gradients and moments are known to the byte: what cannot hold those is 
 planner's estimate (plan/memory.py), which leans to the high side: what may not hold those is warned of.
 """
 
-import ctypes
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,25 +20,10 @@ from trinity.plan.memory import RankMemory, rank_memory
 
 _CGROUP = Path("/sys/fs/cgroup")  # version 2; version 1 keeps the same figures under memory/
 _LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-_MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX = (-4, 0), (-1, 2**31 - 1), (-8, 1)  # mallopt(3); one heap for all threads
 _REMEDY = (
     "Spread it over more processes (parallel.shard, parallel.expert), lower train.microbatch_rows, set "
     "parallel.remat=block or parallel.context, or take a smaller model; `trinity plan` finds what fits."
 )
-
-
-def keep_freed_memory() -> None:
-    """Have glibc hand the freed tensors of one pass to the next, instead of to the system and back, page by page.
-
-    The pages of a new mapping are filled with zeros on first touch, at a tenth of the speed of memory: 5 to 10 % of a step.
-    Does nothing where there is another allocator.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return
-    for parameter, value in (_MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX):
-        mallopt(parameter, value)
 
 
 def refuse_what_cannot_fit(
