@@ -28,8 +28,8 @@ from trinity.ckpt.hf import published_config
 from trinity.config.load import override
 from trinity.config.run import RunConfig
 from trinity.data.loader import Batch
-from trinity.optim.muon import Muon
 from trinity.kernels.heap import keep_freed_memory
+from trinity.optim.muon import Muon
 from trinity.plan.layout import Layout
 from trinity.plan.memory import rank_memory
 from trinity.plan.params import count_parameters

@@ -52,14 +52,16 @@ def compared(run: RunConfig, layout: Layout, found: Any) -> dict[str, Any]:
         by_collective[collective] += transfer.sent
     for kind, sent in found.sent.items():
         walked[kind.collective] += sent.bytes
-    plan = rank_memory(run, layout, in_host_memory=False)
-    # A rehearsal has no process around it and fetches no layer ahead.
-    moments = {name: size - plan.process for name, size in plan.moments_of_a_step.items()}
-    moments["backward"] -= plan.prefetched
+    # A rehearsal has the shapes of a CPU, without a process around it and without freed memory that cannot be used.
+    plan = rank_memory(run, layout, in_host_memory=True)
+    moments = {name: size - plan.process - plan.allocator for name, size in plan.moments_of_a_step.items()}
     peaks = {name: peak.bytes for name, peak in found.peaks.items()}
     memory = {
         **{name: (found.held[name], getattr(plan, name)) for name in ("weights", "moments", "gradients")},
-        "forward and loss": (max(peaks.get("forward", 0), peaks.get("loss", 0)), moments["loss"]),
+        "forward and loss": (
+            max(peaks.get("forward", 0), peaks.get("loss", 0)),
+            max(moments["forward"], moments["loss"]),
+        ),
         "backward": (peaks.get("backward", 0), moments["backward"]),
         "update": (peaks.get("update", 0), moments["update"]),
         "peak": (max(peaks.values()), max(moments.values())),

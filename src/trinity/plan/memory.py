@@ -21,8 +21,9 @@ from trinity.plan.params import (
 )
 
 KEPT_PADDING = 15  # rows that each expert may keep more (kernels/experts.py)
+KERNEL_ROWS = 64  # of the smallest matrices that the kernels orthogonalise (optim/orthogonalise.py)
 LOSS_CHUNK = 2048  # tokens whose logits exist at once (model/loss.py)
-MUON_BATCH = 1 << 24  # values orthogonalised at once (optim/muon.py), in about five copies
+MUON_BATCH = 1 << 24  # values orthogonalised at once (optim/muon.py)
 MUON_ROUND = 1 << 27  # values of matrices that travel to owners at once (parallel/muon.py)
 HOST_PROCESS = 560 * 2**20  # resident bytes of a CPU process before its model, kernels warm; measured
 DEVICE_PROCESS = 3 * 2**30  # CUDA context, kernels and NCCL's buffers on a GPU; a common figure, not measured here
@@ -83,6 +84,7 @@ class RankMemory:
         always = self.weights + self.moments + self.process + self.allocator
         early = self.gradients if self.kept_gradients else 0
         return {
+            "forward": always + early + self.activations + self.head + 2 * self.layer,  # and the buffer it arrives in
             "loss": always + early + self.activations + self.head + self.loss,
             "backward": always
             + early
@@ -119,10 +121,10 @@ def rank_memory(run: RunConfig, layout: Layout, in_host_memory: bool) -> RankMem
         recomputed=recomputed,
         head=layout.value_bytes * head,
         layer=layout.value_bytes * layer,
-        backward=_backward_bytes(run, layout, tokens, layer, recomputed),
+        backward=_backward_bytes(run, layout, tokens, layer, recomputed, kernels),
         prefetched=0 if in_host_memory else 2 * layout.value_bytes * layer,
         loss=_loss_bytes(run.model, layout, tokens),
-        muon=_muon_bytes(run, layout),
+        muon=_muon_bytes(run, layout, in_host_memory),
         process=HOST_PROCESS if in_host_memory else DEVICE_PROCESS,
         allocator=_kept_by_malloc(activations + recomputed, layout.microbatches(run)) if in_host_memory else 0,
         staging=4 * (held.weights + held.moments),
@@ -156,33 +158,37 @@ def recomputed_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
     """What one block keeps when it is computed again: 0 unless remat=block."""
     if layout.remat == "none":
         return 0
-    model, tokens, length = run.model, layout.tokens(run), run.data.sequence_length
+    model, length = run.model, run.data.sequence_length
     return max(_block_activations(model, layout, length, kind, kernels) for kind in layer_patterns(model))
 
 
 def _block_activations(model: ModelConfig, layout: Layout, length: int, kind: LayerKind, kernels: bool) -> int:
-    """Bytes that one block saves for its backward (model/block.py, attention.py, experts.py)."""
-    tokens = layout.microbatch_rows * length // layout.context
-    padding = KEPT_PADDING * model.num_experts // layout.expert * 2 * model.moe_intermediate_size * 4
-    whole = padding if kernels and kind.is_sparse else 0
-    return whole + tokens * _token_activations(model, layout, length, kind, kernels)
+    """Bytes that one block saves for its backward (model/block.py)."""
+    return _attention_bytes(model, layout, length, kind, kernels) + _feed_forward_bytes(
+        model, layout, length, kind, kernels
+    )
 
 
-def _token_activations(model: ModelConfig, layout: Layout, length: int, kind: LayerKind, kernels: bool) -> int:
-    """Bytes of it that belong to one token."""
+def _attention_bytes(model: ModelConfig, layout: Layout, length: int, kind: LayerKind, kernels: bool) -> int:
+    """Of it, attention and its two norms (model/attention.py)."""
     size, width, head = layout.value_bytes, model.hidden_size, model.head_dim
     query, key = model.num_attention_heads * head, model.num_key_value_heads * head
     heads = model.num_attention_heads + model.num_key_value_heads
-    norms = 4 * 4 * (width + 1) + 4 * (query + key + heads)  # normalised inputs and scales, float32
-    norms += 2 * size * width  # what attention and feed-forward read
+    norms = 4 * (query + key + heads)  # of queries and keys: what they read, and scales, float32
     if kernels:
         attention = size * (3 * query + 2 * key)  # queries, keys, values; the output, and again with heads side by side
     else:  # a local layer's block of keys comes with the one before it
         copies = 2 if not kind.is_global and length >= 2 * model.sliding_window else 1
         attention = size * query * (2 + 2 * copies)  # queries, output, and keys and values for every query head
     attention += 4 * model.num_attention_heads + 2 * size * query  # log-sums; the gate and its product
+    return layout.microbatch_rows * length // layout.context * (_sandwich(model, size) + norms + attention)
+
+
+def _feed_forward_bytes(model: ModelConfig, layout: Layout, length: int, kind: LayerKind, kernels: bool) -> int:
+    """Of it, the feed-forward, dense or sparse, and its two norms (model/experts.py)."""
+    size, width, tokens = layout.value_bytes, model.hidden_size, layout.microbatch_rows * length // layout.context
     if not kind.is_sparse:
-        return norms + attention + 4 * size * model.intermediate_size
+        return tokens * (_sandwich(model, size) + 4 * size * model.intermediate_size)
     chosen, hidden = model.num_experts_per_tok, model.moe_intermediate_size
     router = 4 * model.num_experts + chosen * (8 + 3 * 4) + (4 * width if size == 2 else 0)
     if kernels:  # their order; gate and up before the activation
@@ -194,7 +200,13 @@ def _token_activations(model: ModelConfig, layout: Layout, length: int, kind: La
         if layout.expert > 1:  # the orders by local expert, there and back
             rows += chosen * 8 * 2
     shared = 4 * size * hidden * model.num_shared_experts
-    return norms + attention + router + rows + shared
+    padding = KEPT_PADDING * (model.num_experts // layout.expert) * 2 * hidden * 4 if kernels else 0
+    return tokens * (_sandwich(model, size) + router + rows + shared) + padding
+
+
+def _sandwich(model: ModelConfig, size: int) -> int:
+    """Bytes of a token that the two norms around a sublayer keep, in float32, and what it reads."""
+    return 2 * 4 * (model.hidden_size + 1) + size * model.hidden_size
 
 
 def _mask_bytes(model: ModelConfig, layout: Layout, length: int) -> int:
@@ -211,7 +223,7 @@ def _own_values(members: list[Weight], layout: Layout) -> int:
     return sum(weight.values // (layout.expert if weight.role == "expert" else 1) for weight in members)
 
 
-def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, recomputed: int) -> int:
+def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, recomputed: int, kernels: bool) -> int:
     """What backward holds beside what forward kept, at the fullest of three moments: inside the gate of the experts,
     when part of the block is already behind; inside a dense feed-forward; or when the gradients of a whole layer, in
     float32 too, wait to be summed over processes and what was computed again is gone."""
@@ -228,7 +240,14 @@ def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, rec
     largest = max(weight.values for weight in layer_weights(model, model.num_sparse_layers > 0))
     own = 4 * largest if layout.size == 1 else 0
     head = size * model.vocab_size * width
-    waiting = (4 + size) * layer - recomputed
+    # Gradients of gathered weights leave after their unit: the experts' beside the attention's inside, the rest last.
+    experts = sum(w.values for _, members in layer_kinds(model) for w in members if w.role == "expert") // layout.expert
+    experts = experts if layer else 0
+    waiting = (4 + size) * (layer - experts) - recomputed
+    if experts:  # summed in float32, then cut to what stays here, and that divided; their working copy is gone by then
+        summed = max(4 + size, 4 + 8 * layout.expert / layout.fsdp)
+        beside = _attention_bytes(model, layout, run.data.sequence_length, layer_patterns(model)[-1], kernels)
+        waiting = max(waiting, round((summed - size) * experts) + (beside - recomputed if recomputed else 0))
     return head + max(arriving - behind + max(gate, dense, 0) + own, waiting)
 
 
@@ -240,15 +259,38 @@ def _loss_bytes(model: ModelConfig, layout: Layout, tokens: int) -> int:
     return 4 * head + max(logits, rounded) + tokens * model.hidden_size * size
 
 
-def _muon_bytes(run: RunConfig, layout: Layout) -> int:
-    """Scratch of an update: one batch of matrices in about five copies, and what travels to owners and back."""
+def _muon_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
+    """Scratch of an update (optim/muon.py): matrices that travel to owners and back, then stacks that are whole here."""
     size = 2 if run.optim.newton_schulz_dtype == "bfloat16" else 4
-    matrices = [w for _, members in layer_kinds(run.model) for w in members if w.by_muon]
-    one = max(weight.shape[-1] * weight.shape[-2] for weight in matrices)
-    held = held_values(run.model, layout.fsdp, layout.expert)
-    batch = max(one, min(MUON_BATCH, held.matrix + held.expert))
-    scratch = 4 * 2 * batch + 3 * size * batch
-    if layout.fsdp == 1:
-        return scratch
-    travelling = max(one, min(MUON_ROUND // layout.fsdp, held.matrix))
-    return scratch + size * (2 * held.matrix + 4 * travelling)
+    stacks = travelling = 0
+    held: dict[tuple[int, int], list[int]] = {}  # by shape of the matrix, what this process holds of each parameter
+    for layers, members in layer_kinds(run.model):
+        for weight in members:
+            if weight.by_muon and (weight.role == "expert" or layout.fsdp == 1):
+                experts = layout.expert if weight.role == "expert" else 1
+                own = weight._replace(shape=(weight.shape[0] // experts, *weight.shape[1:]))
+                values = own.held(layout.fsdp // experts)
+                held.setdefault((weight.shape[-2], weight.shape[-1]), []).extend([values] * layers)
+    for (rows, columns), values in held.items():
+        one = rows * columns
+        batch = min(sum(values), max(1, MUON_BATCH // one) * one)
+        joined = max(values) < batch  # slices of several parameters are put together
+        stacks = max(stacks, 4 * batch * (1 + joined) + _newton_schulz_bytes(rows, columns, batch, size, kernels))
+    if layout.fsdp > 1:
+        matrices = [w for _, members in layer_kinds(run.model) for w in members if w.role == "matrix"]
+        largest = max(matrices, key=lambda weight: weight.values)
+        cut = held_values(run.model, layout.fsdp, layout.expert).matrix
+        round_of = max(largest.values, min(MUON_ROUND // layout.fsdp, cut))
+        batch = max(largest.values, min(MUON_BATCH, round_of))
+        spread = _newton_schulz_bytes(*largest.shape[-2:], batch, size, kernels) + size * batch
+        travelling = size * (2 * cut + 2 * round_of) + max(2 * size * round_of, spread)
+    return max(stacks, travelling)
+
+
+def _newton_schulz_bytes(rows: int, columns: int, values: int, size: int, kernels: bool) -> int:
+    """What optim/orthogonalise.py holds beside a stack of `values` values while it works."""
+    short, long = min(rows, columns), max(rows, columns)
+    if kernels and size == 4 and short >= KERNEL_ROWS:
+        return 4 * values * (2 if rows > columns else 1)  # the normalised stack, and turned so that rows are the short
+    cast = values if size != 4 else 0
+    return size * (cast + 2 * values + 3 * values * short // long)
