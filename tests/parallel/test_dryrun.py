@@ -95,6 +95,7 @@ def memory_case(name: str, layout: Layout, *settings: str, slow: bool = False):
 
 
 BFLOAT16 = {"remat": "block", "precision": "bfloat16"}
+BATCH = "train.batch_tokens=134217728"
 EIGHT = "model.num_hidden_layers=8"
 
 
@@ -113,6 +114,7 @@ EIGHT = "model.num_hidden_layers=8"
         memory_case("large", Layout(shard=8, expert=8, microbatch_rows=1, **BFLOAT16), EIGHT),
         memory_case("large", Layout(shard=8, expert=8, microbatch_rows=8, **BFLOAT16), EIGHT, slow=True),
         memory_case("large", Layout(shard=8, expert=1, microbatch_rows=2, **BFLOAT16), EIGHT, slow=True),
+        memory_case("large", Layout(shard=256, microbatch_rows=8, **BFLOAT16), EIGHT, BATCH),
         memory_case("large", Layout(shard=16, expert=8, microbatch_rows=1, **BFLOAT16), EIGHT, slow=True),
     ],
 )  # fmt: skip

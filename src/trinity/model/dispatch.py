@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trinity.model.router import Routing
 
-# (x [N, D], weights [N, K] or None, order [N x K], ends [E]) -> [N, D]: Experts.forward, or the part of it that is here.
+# (x [N, D], weights [N, K] or None, order [N x K], ends [E]) -> [N, D]: Experts.forward, or that of the experts here.
 ChosenExperts = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
 

@@ -60,9 +60,9 @@ def through_experts(
 ) -> Tensor:
     """sum over a token's choices of weight x down[e](silu(gate[e](x)) * up[e](x)): x [N, D], weights [N, K] -> [N, D].
 
-    order [R] groups the rows by expert: row r is choice order[r] % K of token order[r] // K; ends [E] are the cumulative
-    counts, int64; gate_up [E, 2, F, D]; down [E, D, F]. Without weights each row of x goes through one expert, K = 1. On a
-    CPU by the compiled kernels.
+    order [R] groups the rows by expert: row r is choice order[r] % K of token order[r] // K; ends [E] are the
+    cumulative counts, int64; gate_up [E, 2, F, D]; down [E, D, F]. Without weights each row of x goes through one
+    expert, K = 1. On a CPU by the compiled kernels.
     """
     if fits(x, gate_up, down):
         weights = x.new_ones(len(x), 1) if weights is None else weights

@@ -1,7 +1,7 @@
 """Rows between the order of tokens and that of experts, as gathers both forward and backward.
 
 So both are deterministic and parallel: a scatter would add in the order of its threads.
-Shapes: N tokens, K chosen, R = N x K routed rows, D width. order [R]: row r is choice order[r] % K of token order[r] // K.
+Shapes: N tokens, K chosen, R = N x K routed rows, D width; row r is choice order[r] % K of token order[r] // K.
 """
 
 from typing import Any

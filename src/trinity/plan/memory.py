@@ -171,7 +171,7 @@ def _block_activations(model: ModelConfig, layout: Layout, length: int, kind: La
 
 def _attention_bytes(model: ModelConfig, layout: Layout, length: int, kind: LayerKind, kernels: bool) -> int:
     """Of it, attention and its two norms (model/attention.py)."""
-    size, width, head = layout.value_bytes, model.hidden_size, model.head_dim
+    size, head = layout.value_bytes, model.head_dim
     query, key = model.num_attention_heads * head, model.num_key_value_heads * head
     heads = model.num_attention_heads + model.num_key_value_heads
     norms = 4 * (query + key + heads)  # of queries and keys: what they read, and scales, float32
@@ -244,10 +244,14 @@ def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, rec
     experts = sum(w.values for _, members in layer_kinds(model) for w in members if w.role == "expert") // layout.expert
     experts = experts if layer else 0
     waiting = (4 + size) * (layer - experts) - recomputed
-    if experts:  # summed in float32, then cut to what stays here, and that divided; their working copy is gone by then
-        summed = max(4 + size, 4 + 8 * layout.expert / layout.fsdp)
-        beside = _attention_bytes(model, layout, run.data.sequence_length, layer_patterns(model)[-1], kernels)
-        waiting = max(waiting, round((summed - size) * experts) + (beside - recomputed if recomputed else 0))
+    if experts:  # copied to float32, summed over processes; their working copy is gone by then
+        shards = layout.fsdp // layout.expert
+        summed = 12 if shards == 1 else max(4 + size, 4 + 4 / shards + size / 3)  # alone: divided into a third copy
+        length = run.data.sequence_length
+        beside = max(_attention_bytes(model, layout, length, kind, kernels) for kind in layer_patterns(model))
+        beside += tokens * (4 * (width + 1) + 3 * width * size)  # the norm before the experts, and what arrives there
+        beside = beside - recomputed if recomputed else 0
+        waiting = max(waiting, round((summed - size) * experts) + beside)
     return head + max(arriving - behind + max(gate, dense, 0) + own, waiting)
 
 
@@ -260,7 +264,7 @@ def _loss_bytes(model: ModelConfig, layout: Layout, tokens: int) -> int:
 
 
 def _muon_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
-    """Scratch of an update (optim/muon.py): matrices that travel to owners and back, then stacks that are whole here."""
+    """Scratch of an update (optim/muon.py): matrices that travel to owners and back, then stacks that are whole."""
     size = 2 if run.optim.newton_schulz_dtype == "bfloat16" else 4
     stacks = travelling = 0
     held: dict[tuple[int, int], list[int]] = {}  # by shape of the matrix, what this process holds of each parameter
@@ -282,7 +286,7 @@ def _muon_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
         cut = held_values(run.model, layout.fsdp, layout.expert).matrix
         round_of = max(largest.values, min(MUON_ROUND // layout.fsdp, cut))
         batch = max(largest.values, min(MUON_BATCH, round_of))
-        spread = _newton_schulz_bytes(*largest.shape[-2:], batch, size, kernels) + size * batch
+        spread = _newton_schulz_bytes(largest.shape[-2], largest.shape[-1], batch, size, kernels) + size * batch
         travelling = size * (2 * cut + 2 * round_of) + max(2 * size * round_of, spread)
     return max(stacks, travelling)
 

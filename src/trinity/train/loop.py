@@ -14,14 +14,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from trinity.base.durable import recover, refusing_disk
-from trinity.base.errors import ConfigError, TrainingHalted, UsageError
+from trinity.base.durable import recover, refusing_disk, write_json
+from trinity.base.errors import ConfigError, DataError, TrainingHalted, UsageError
 from trinity.base.run import CONFIG
 from trinity.ckpt.folder import newest_good
 from trinity.ckpt.peers import Peers
 from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
 from trinity.data.loader import Batch, Loader
+from trinity.data.proof import Seen, altered_data, read_seen
 from trinity.kernels.heap import keep_freed_memory
 from trinity.parallel.agree import agree
 from trinity.parallel.lost import noticing_lost_peers
@@ -36,6 +37,7 @@ from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update, drop_update, learning_rates
 from trinity.train.watch import Watch
 
+DATA_SEEN = "data_seen.json"  # in the run folder: what of the data was hashed (data/proof.py)
 _DYING_SECONDS = 5.0  # a killed process may take that long to let go of the run
 
 
@@ -183,6 +185,7 @@ def prepare(
     agree({"data": loader.data_fingerprint, "tokenizer": loader.tokenizer.fingerprint})
     peers.first(lambda: _make_ready(run, config, loader, data, world))
     changed = peers.together(lambda: settings.changes(run, config, loader))
+    prove(loader, run, peers)
     peers.together(lambda: refuse_what_cannot_fit(config, world, say))
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -205,6 +208,22 @@ def _opened(config: RunConfig, data: Path) -> Loader:
             "Set model.vocab_size to at least the former.",
         )
     return loader
+
+
+def prove(loader: Loader, run: Path, peers: Peers) -> None:
+    """Refuse data that is not what its manifests promise. Processes hash a share each; a resume, what was touched."""
+    seen: Seen = peers.share(read_seen(run / DATA_SEEN))
+    corpora = [*loader.corpora.each, *loader.corpus.sources]
+    folders = list(dict.fromkeys(corpus.path.resolve() for corpus in corpora))
+    own = peers.together(lambda: altered_data(folders, seen, (peers.rank, peers.size)))
+    found = peers.gather_everywhere(own)
+    if altered := sorted({sentence for sentences, _ in found for sentence in sentences}):
+        raise DataError(
+            f"The data is not what it was when it was made: {'; '.join(altered)}.",
+            "Restore the folder from a copy; a run goes on only with the bytes it began with.",
+        )
+    if fresh := {path: look for _, looks in found for path, look in looks.items()}:
+        peers.first(lambda: write_json(run / DATA_SEEN, seen | fresh))
 
 
 def _make_ready(run: Path, config: RunConfig, loader: Loader, data: Path, world: World) -> None:

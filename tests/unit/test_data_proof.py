@@ -1,0 +1,83 @@
+"""Data that is no longer what its manifest promises is refused before a step is made of it, by every start of a run."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from trinity.base.durable import MANIFEST
+from trinity.data import proof
+from trinity.data.proof import altered_data, read_seen
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    from trinity.base.durable import seal
+
+    place = tmp_path / "tokens"
+    (place / "train").mkdir(parents=True)
+    for name, content in (("train/a.bin", b"a" * 100), ("train/b.bin", b"b" * 60), ("tokens.json", b"{}")):
+        (place / name).write_bytes(content)
+    seal(place)
+    return place
+
+
+def overwrite_in_secret(path: Path) -> None:
+    """Other bytes of the same number, with the time of change that the file had."""
+    status = path.stat()
+    path.write_bytes(b"x" * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_every_file_is_hashed_once_and_again_when_touched(folder, monkeypatch):
+    hashed = []
+    real = proof.altered_files
+
+    def noting(place, share, known, heard):
+        return real(place, share, known, lambda name: (hashed.append(name), heard(name)))
+
+    monkeypatch.setattr(proof, "altered_files", noting)
+    differences, seen = altered_data([folder], {})
+    assert not differences and sorted(hashed) == ["tokens.json", "train/a.bin", "train/b.bin"]
+    hashed.clear()
+    assert altered_data([folder], seen) == ([], {}) and not hashed
+    (folder / "train" / "b.bin").touch()
+    assert list(altered_data([folder], seen)[1]) == [str(folder / "train" / "b.bin")]
+
+
+def test_the_same_size_and_time_hide_nothing(folder):
+    seen = altered_data([folder], {})[1]
+    overwrite_in_secret(folder / "train" / "a.bin")
+    differences, _ = altered_data([folder], seen)
+    assert differences == [f"{folder}/train/a.bin was altered (sha256 differs)"]
+
+
+def test_processes_share_the_work(folder):
+    parts = [altered_data([folder], {}, (rank, 2))[1] for rank in range(2)]
+    assert sorted([*parts[0], *parts[1]]) == sorted(altered_data([folder], {})[1])
+    assert not set(parts[0]) & set(parts[1])
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "{", None])
+def test_notes_that_cannot_be_read_mean_that_all_is_hashed(content, tmp_path):
+    path = tmp_path / "data_seen.json"
+    if content is not None:
+        path.write_text(content)
+    assert read_seen(path) == {}
+
+
+def test_a_run_refuses_altered_data_at_its_start_and_when_it_goes_on(tmp_path, capsys):
+    from trinity.cli.main import main
+
+    run = tmp_path / "run"
+    command = ["train", "debug", "--out", str(run)]
+    assert main(command) == 0
+    seen = json.loads((run / "data_seen.json").read_text())
+    shard = next(Path(name) for name in seen if name.endswith(".bin") and Path(name).stat().st_size)
+    assert MANIFEST not in {Path(name).name for name in seen}
+    capsys.readouterr()
+    overwrite_in_secret(shard)
+    assert main(command) == 1
+    told = capsys.readouterr().err
+    assert f"{shard} was altered" in told and "Traceback" not in told
