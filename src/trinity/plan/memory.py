@@ -252,7 +252,9 @@ def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, rec
         beside += tokens * (4 * (width + 1) + 3 * width * size)  # the norm before the experts, and what arrives there
         beside = beside - recomputed if recomputed else 0
         waiting = max(waiting, round((summed - size) * experts) + beside)
-    return head + max(arriving - behind + max(gate, dense, 0) + own, waiting)
+    # The balance loss hands every layer's scores their gradient at the beginning of backward.
+    scores = 4 * tokens * model.num_experts * max(model.num_sparse_layers - 1, 0) if run.balance.sequence_loss else 0
+    return head + scores + max(arriving - behind + max(gate, dense, 0) + own, waiting)
 
 
 def _loss_bytes(model: ModelConfig, layout: Layout, tokens: int) -> int:
