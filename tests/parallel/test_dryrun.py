@@ -127,6 +127,15 @@ def test_the_planner_knows_the_peak_of_memory(name, layout, settings):
         assert abs(lines[part]["difference"]) <= 0.02, lines[part]
 
 
+def test_the_command_tells_the_same_as_json(capsys):
+    from trinity.cli.main import main
+
+    assert main(["plan", "debug", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["dry_run"]
+    assert {line["name"] for line in told["memory"]} >= {"weights", "moments", "gradients", "update", "peak"}
+    assert all(abs(line["difference"]) <= 0.02 for line in told["memory"] if line["name"] == "peak")
+
+
 @pytest.mark.parametrize("settings", REAL, ids=" ".join)
 def test_a_rehearsal_takes_what_a_real_step_takes(settings, debug_data, tmp_path):
     in_processes(2, real_steps, debug_data, tmp_path, settings, str(free_port()))
