@@ -114,6 +114,23 @@ def test_a_norm_is_that_of_torch(rows, size, seed):
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    "upstream", [torch.ones(()).expand(64, 24), normal(24).expand(64, 24), normal(64, 1).expand(64, 24)]
+)
+def test_expanded_gradients_count_as_whole_ones(upstream):
+    x, weight = normal(64, 16), normal(24, 16)
+    fast = both_ways(products.Product.apply, x, weight, upstream)
+    for a, b in zip(fast, both_ways(F.linear, x, weight, upstream.clone()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    order, ends = torch.arange(64), torch.tensor([10, 64])
+    gate_up, down = normal(2, 2, 5, 24).requires_grad_(), normal(2, 24, 5)
+    out = through_experts(normal(64, 24), None, order, ends, gate_up, down)
+    (expanded,) = torch.autograd.grad(out, gate_up, upstream, retain_graph=True)
+    (whole,) = torch.autograd.grad(out, gate_up, upstream.clone())
+    assert torch.equal(expanded, whole)
+
+
+@needs_kernels
 @given(st.integers(1, 130), st.integers(1, 800), st.integers(1, 200), st.booleans(), st.booleans(), st.booleans())
 def test_our_tiles_multiply_as_torch_does(rows, depth, columns, left, right, add):
     """The path of processors on which torch's BLAS is not at full width, whatever this one is."""

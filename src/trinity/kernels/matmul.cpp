@@ -154,7 +154,11 @@ void multiply_by_blas(const at::Tensor& a, const at::Tensor& b, const at::Tensor
 // a [M, I] b [I, O] -> out [M, O], or added to it. Each side has contiguous rows or columns, out contiguous rows.
 void matmul(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add) {
   TORCH_CHECK(out.stride(1) == 1 || out.size(1) == 1, "the result's rows must be contiguous");
-  const auto plain = [](const at::Tensor& x) { return x.size(0) > 1 && x.size(1) > 1 && (x.stride(0) == 1 || x.stride(1) == 1); };
+  // BLAS wants rows or columns that do not overlap, as those of an expanded gradient do.
+  const auto plain = [](const at::Tensor& x) {
+    return x.size(0) > 1 && x.size(1) > 1 &&
+           ((x.stride(1) == 1 && x.stride(0) >= x.size(1)) || (x.stride(0) == 1 && x.stride(1) >= x.size(0)));
+  };
   if (blas_is_whole() && plain(a) && plain(b)) return multiply_by_blas(a, b, out, add);
   multiply_by_tiles(a, b, out, add);
 }
