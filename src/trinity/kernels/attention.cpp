@@ -1,8 +1,8 @@
 // Softmax attention where each query sees one stretch of keys that ends at itself: causal, within a window, within a
-// document, or all of these. Tiles of queries meet only the keys that some query of the tile sees, a block at a time, so
-// the cost is what is visible and the scores stay in the cache: FlashAttention (Dao et al. 2022; algorithm 1 with the
-// running maximum, and backward from the logarithm of the sum). Queries stand side by side in the vectors, so that the
-// softmax goes down the keys without a sum across a vector, and keys and values are read where they lie.
+// document, or all of these. Tiles of queries meet only the keys that some query of the tile sees, a block at a time,
+// so the cost is what is visible and the scores stay in the cache: FlashAttention (Dao et al. 2022; algorithm 1 with
+// the running maximum, and backward from the logarithm of the sum). Queries stand side by side in the vectors, so that
+// the softmax goes down the keys without a sum across a vector, and keys and values are read where they lie.
 //
 // q, out [B, H, T, C]; k, v [B, J, T, C], query head h reads key head h / (H / J); first [B, T] int64: first key seen.
 // All contiguous float32.
@@ -27,8 +27,8 @@ constexpr int64_t kKeys = 256;    // of a block
 // The queries of one tile as columns, and the keys they see.
 struct Tile {
   int64_t start, length, padded;
-  int64_t low, high;               // some query sees a key of [low, high)
-  int64_t certain, uncertain;      // every query sees every key of [certain, uncertain)
+  int64_t low, high;                      // some query sees a key of [low, high)
+  int64_t certain, uncertain;             // every query sees every key of [certain, uncertain)
   float first[kQueries], self[kQueries];  // the stretch [first, self] of each; nothing where there is no query
 
   Tile(int64_t at, int64_t total, const int64_t* seen)
@@ -59,17 +59,21 @@ void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
   take_turns(q.size(0) * heads * tiles, [&](int64_t task) {
     const int64_t head = task / tiles, row = head / heads, source = row * k.size(1) + head % heads / group;
     const Tile tile(task % tiles * kQueries, total, first.const_data_ptr<int64_t>() + row * total);
-    const float *key = k.const_data_ptr<float>() + source * total * size, *value = v.const_data_ptr<float>() + source * total * size;
+    const float *key = k.const_data_ptr<float>() + source * total * size,
+                *value = v.const_data_ptr<float>() + source * total * size;
     Scratch scratch{size * kQueries, kKeys * kQueries, size * kQueries};
-    float *queries = scratch.take(size * kQueries), *scores = scratch.take(kKeys * kQueries), *answer = scratch.take(size * kQueries);
+    float *queries = scratch.take(size * kQueries), *scores = scratch.take(kKeys * kQueries),
+          *answer = scratch.take(size * kQueries);
     float highest[kQueries], sum[kQueries];
     std::fill_n(highest, kQueries, -std::numeric_limits<float>::max());
     std::fill_n(sum, kQueries, 0.0f);
     std::fill_n(answer, size * kQueries, 0.0f);
-    transpose(q.const_data_ptr<float>() + (head * total + tile.start) * size, size, tile.length, size, queries, tile.padded);
+    transpose(q.const_data_ptr<float>() + (head * total + tile.start) * size, size, tile.length, size, queries,
+              tile.padded);
     for (int64_t low = tile.low; low < tile.high; low += kKeys) {
       const int64_t keys = std::min(kKeys, tile.high - low);
-      multiply_here(keys, tile.padded, size, {key + low * size, size, 1}, queries, tile.padded, scores, tile.padded, false);
+      multiply_here(keys, tile.padded, size, {key + low * size, size, 1}, queries, tile.padded, scores, tile.padded,
+                    false);
       for (int64_t i = 0; i < tile.padded; i += kLanes) {
         Vec top = vec(highest + i);
         for (int64_t s = 0; s < keys; ++s) {
@@ -89,16 +93,20 @@ void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
         vec(sum + i) = vec(sum + i) * before + gathered;
         vec(highest + i) = top;
         if (low > tile.low) {
-          for (int64_t c = 0; c < size; ++c) vec(answer + c * tile.padded + i) = vec(answer + c * tile.padded + i) * before;
+          for (int64_t c = 0; c < size; ++c)
+            vec(answer + c * tile.padded + i) = vec(answer + c * tile.padded + i) * before;
         }
       }
-      multiply_here(size, tile.padded, keys, {value + low * size, 1, size}, scores, tile.padded, answer, tile.padded, true);
+      multiply_here(size, tile.padded, keys, {value + low * size, 1, size}, scores, tile.padded, answer, tile.padded,
+                    true);
     }
     for (int64_t i = 0; i < tile.padded; i += kLanes) {
       const Vec inverse = 1.0f / vec(sum + i);
-      for (int64_t c = 0; c < size; ++c) vec(answer + c * tile.padded + i) = vec(answer + c * tile.padded + i) * inverse;
+      for (int64_t c = 0; c < size; ++c)
+        vec(answer + c * tile.padded + i) = vec(answer + c * tile.padded + i) * inverse;
     }
-    transpose_back(answer, tile.padded, size, tile.length, out.mutable_data_ptr<float>() + (head * total + tile.start) * size, size);
+    transpose_back(answer, tile.padded, size, tile.length,
+                   out.mutable_data_ptr<float>() + (head * total + tile.start) * size, size);
     float* logs = sums.mutable_data_ptr<float>() + head * total + tile.start;
     for (int64_t i = 0; i < tile.length; ++i) logs[i] = highest[i] + std::log(sum[i]);
   });
@@ -113,15 +121,18 @@ void attend_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tens
   take_turns(q.size(0) * heads, [&](int64_t head) {
     const int64_t row = head / heads, source = (row * k.size(1) + head % heads / group) * total * size;
     const float *key = k.const_data_ptr<float>() + source, *value = v.const_data_ptr<float>() + source;
-    float *to_key = grad_k.mutable_data_ptr<float>() + head * total * size, *to_value = grad_v.mutable_data_ptr<float>() + head * total * size;
+    float *to_key = grad_k.mutable_data_ptr<float>() + head * total * size,
+          *to_value = grad_v.mutable_data_ptr<float>() + head * total * size;
     Scratch scratch{3 * size * kQueries, 2 * kKeys * kQueries};
-    float *queries = scratch.take(size * kQueries), *arriving = scratch.take(size * kQueries), *leaving = scratch.take(size * kQueries);
+    float *queries = scratch.take(size * kQueries), *arriving = scratch.take(size * kQueries),
+          *leaving = scratch.take(size * kQueries);
     float *scores = scratch.take(kKeys * kQueries), *grads = scratch.take(kKeys * kQueries);
     for (int64_t start = 0; start < total; start += kQueries) {
       const Tile tile(start, total, first.const_data_ptr<int64_t>() + row * total);
       const int64_t at = (head * total + start) * size;
       const float *query = q.const_data_ptr<float>() + at, *given = grad.const_data_ptr<float>() + at;
-      const float *output = out.const_data_ptr<float>() + at, *logs = sums.const_data_ptr<float>() + head * total + start;
+      const float *output = out.const_data_ptr<float>() + at,
+                  *logs = sums.const_data_ptr<float>() + head * total + start;
       // The inner product of a query's output and its gradient: the mean of the scores' gradients.
       float mean[kQueries] = {}, sum[kQueries] = {};
       for (int64_t i = 0; i < tile.length; ++i) {
@@ -132,8 +143,10 @@ void attend_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tens
       transpose(given, size, tile.length, size, arriving, tile.padded);
       for (int64_t low = tile.low; low < tile.high; low += kKeys) {
         const int64_t keys = std::min(kKeys, tile.high - low);
-        multiply_here(keys, tile.padded, size, {key + low * size, size, 1}, queries, tile.padded, scores, tile.padded, false);
-        multiply_here(keys, tile.padded, size, {value + low * size, size, 1}, arriving, tile.padded, grads, tile.padded, false);
+        multiply_here(keys, tile.padded, size, {key + low * size, size, 1}, queries, tile.padded, scores, tile.padded,
+                      false);
+        multiply_here(keys, tile.padded, size, {value + low * size, size, 1}, arriving, tile.padded, grads, tile.padded,
+                      false);
         for (int64_t s = 0; s < keys; ++s) {
           for (int64_t i = 0; i < tile.padded; i += kLanes) {
             Vec &score = vec(scores + s * tile.padded + i), &g = vec(grads + s * tile.padded + i);
@@ -145,7 +158,8 @@ void attend_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tens
         }
         multiply_rows(keys, size, tile.length, {scores, tile.padded, 1}, given, to_value + low * size, true);
         multiply_rows(keys, size, tile.length, {grads, tile.padded, 1}, query, to_key + low * size, true);
-        multiply_here(size, tile.padded, keys, {key + low * size, 1, size}, grads, tile.padded, leaving, tile.padded, low > tile.low);
+        multiply_here(size, tile.padded, keys, {key + low * size, 1, size}, grads, tile.padded, leaving, tile.padded,
+                      low > tile.low);
       }
       transpose_back(leaving, tile.padded, size, tile.length, grad_q.mutable_data_ptr<float>() + at, size);
     }

@@ -1,13 +1,14 @@
-// The routed experts of a layer, from tokens to tokens: each expert gathers its rows, and gate, up, activation, down and
-// their gradients follow one another in the cache of one core. Weights are read where they lie, once a pass; between the
-// operands rows stand as columns ([width, rows]), so that rows fill the vectors and no weight is ever copied.
+// The routed experts of a layer, from tokens to tokens: each expert gathers its rows, and gate, up, activation, down
+// and their gradients follow one another in the cache of one core. Weights are read where they lie, once a pass;
+// between the operands rows stand as columns ([width, rows]), so that rows fill the vectors and no weight is ever
+// copied.
 //
 //   y_r = down_e (silu(gate_e x_r) * up_e x_r)          out_n = sum over the K rows r of token n of weight_r y_r
 //
-// x [N, D]; order [R]: rows grouped by expert, row r being choice order[r] % K of token order[r] / K; ends [E]: cumulative
-// counts; weights [N, K]; gate_up [E, 2, F, D]; down [E, D, F]; kept
-// [R + 15 E, 2 F]: gate and up before the activation, as [2 F, rows] for each stretch of an expert.
-// made [R, D]: scratch, what each row makes before they are summed. All contiguous float32, order and ends int64.
+// x [N, D]; order [R]: rows grouped by expert, row r being choice order[r] % K of token order[r] / K; ends [E]:
+// cumulative counts; weights [N, K]; gate_up [E, 2, F, D]; down [E, D, F]; kept [R + 15 E, 2 F]: gate and up before the
+// activation, as [2 F, rows] for each stretch of an expert. made [R, D]: scratch, what each row makes before they are
+// summed. All contiguous float32, order and ends int64.
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -123,7 +124,8 @@ void experts(const at::Tensor& x, const at::Tensor& order, const at::Tensor& end
         transpose(rows, width, s.rows, width, columns, s.padded);
         float* gate = keep + kept_at(s, hidden);
         const float* up = gate + hidden * s.padded;
-        multiply_here(2 * hidden, s.padded, width, layer.gate_up_of(s.expert), columns, s.padded, gate, s.padded, false);
+        multiply_here(2 * hidden, s.padded, width, layer.gate_up_of(s.expert), columns, s.padded, gate, s.padded,
+                      false);
         for (int64_t i = 0; i < hidden * s.padded; i += kLanes) {
           const Vec g = vec(gate + i);
           vec(product + i) = g * sigmoid(g) * vec(up + i);
@@ -153,7 +155,7 @@ void experts_backward(const at::Tensor& grad, const at::Tensor& x, const at::Ten
         float *rows = scratch.take(s.padded * width), *given = scratch.take(s.padded * width);
         float *inner_rows = scratch.take(hidden * s.padded), *inner = scratch.take(hidden * s.padded);
         float *product_rows = scratch.take(hidden * s.padded), *product = scratch.take(hidden * s.padded);
-        float *both = scratch.take(2 * hidden * s.padded);
+        float* both = scratch.take(2 * hidden * s.padded);
         float *scale = scratch.take(s.padded), *by_row = scratch.take(s.padded);
         const int64_t* order_of = layer.rows() + s.start;
         for (int64_t r = 0; r < s.padded; ++r) scale[r] = r < s.rows ? weight[order_of[r]] : 0.0f, by_row[r] = 0.0f;

@@ -89,7 +89,8 @@ void multiply_by_tiles(const at::Tensor& a, const at::Tensor& b, const at::Tenso
   const at::Tensor packed = at::empty({padded * depth}, b.options());
   float* pack = packed.mutable_data_ptr<float>();
   take_turns(deep * panels.count, [&](int64_t task) {
-    const int64_t k = task / panels.count * kDepth, thick = std::min(kDepth, depth - k), start = panels.start(task % panels.count);
+    const int64_t k = task / panels.count * kDepth, thick = std::min(kDepth, depth - k),
+                  start = panels.start(task % panels.count);
     pack_panel(right + k * b.stride(0) + start * b.stride(1), b.stride(0), b.stride(1), thick, columns - start,
                panels.width(task % panels.count), pack + k * padded + start * thick);
   });
@@ -138,16 +139,17 @@ void multiply_by_blas(const at::Tensor& a, const at::Tensor& b, const at::Tensor
   const int64_t rows = out.size(0), block = a.stride(0) == 1 && a.size(1) > rows ? 64 : 256;
   const bool b_flipped = b.stride(1) != 1, a_flipped = a.stride(1) != 1;
   const int columns = static_cast<int>(out.size(1)), depth = static_cast<int>(a.size(1));
-  const int b_row = static_cast<int>(b.stride(b_flipped ? 1 : 0)), a_row = static_cast<int>(a.stride(a_flipped ? 1 : 0));
+  const int b_row = static_cast<int>(b.stride(b_flipped ? 1 : 0)),
+            a_row = static_cast<int>(a.stride(a_flipped ? 1 : 0));
   const int out_row = static_cast<int>(out.stride(0));
   const float one = 1.0f, kept = add ? 1.0f : 0.0f;
   // BLAS counts columns first: the transposed product of the transposed matrices.
   take_turns((rows + block - 1) / block, [&](int64_t task) {
     const int64_t top = task * block;
     const int height = static_cast<int>(std::min(block, rows - top));
-    sgemm_(b_flipped ? "T" : "N", a_flipped ? "T" : "N", &columns, &height, &depth, &one, b.const_data_ptr<float>(), &b_row,
-           a.const_data_ptr<float>() + top * a.stride(0), &a_row, &kept, out.mutable_data_ptr<float>() + top * out_row,
-           &out_row);
+    sgemm_(b_flipped ? "T" : "N", a_flipped ? "T" : "N", &columns, &height, &depth, &one, b.const_data_ptr<float>(),
+           &b_row, a.const_data_ptr<float>() + top * a.stride(0), &a_row, &kept,
+           out.mutable_data_ptr<float>() + top * out_row, &out_row);
   });
 }
 

@@ -1,8 +1,8 @@
 #pragma once
 
 // The core of every product: a tile of a few rows and a few vectors that stays in registers over the whole depth, as in
-// BLIS (Van Zee, van de Geijn 2015). Left sides are read where they lie, one value at a time, so a weight that meets few
-// tokens is never copied; right sides are read a vector at a time, where they lie or from panels.
+// BLIS (Van Zee, van de Geijn 2015). Left sides are read where they lie, one value at a time, so a weight that meets
+// few tokens is never copied; right sides are read a vector at a time, where they lie or from panels.
 
 #include <algorithm>
 #include <array>
@@ -54,7 +54,8 @@ struct Left {
   Left from(int64_t i, int64_t k) const { return {at + i * row + k * column, row, column}; }
 };
 
-// R x V vectors of c (+)= a b over the whole depth. b holds whole vectors; of c only `columns` values a row are written.
+// R x V vectors of c (+)= a b over the whole depth. b holds whole vectors; of c only `columns` values a row are
+// written.
 template <int R, int V>
 void multiply_tile(int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t columns,
                    bool add) {
@@ -120,8 +121,8 @@ struct Panels {
   int64_t width(int64_t panel) const { return start(panel + 1) - start(panel); }
 };
 
-// c [rows, columns] (+)= a b on this thread. b: `depth` rows of whole vectors, b_row apart; b_row = 0: packed in panels,
-// each a matrix of its own. Rows of c go outermost, so that a is read once and b stays in the cache.
+// c [rows, columns] (+)= a b on this thread. b: `depth` rows of whole vectors, b_row apart; b_row = 0: packed in
+// panels, each a matrix of its own. Rows of c go outermost, so that a is read once and b stays in the cache.
 inline void multiply_here(int64_t rows, int64_t columns, int64_t depth, Left a, const float* b, int64_t b_row, float* c,
                           int64_t c_row, bool add) {
   const Panels panels(columns);
