@@ -1,18 +1,11 @@
-// Float32 matrix products on a CPU, spread over threads in whole blocks, and the two things made of them alone.
+// Float32 matrix products on a CPU, spread over threads in whole blocks, and Newton-Schulz, which is made of them.
 //
 // The BLAS that torch calls uses AVX-512 on some processors only; these use what the compiler knows this one to have.
 
 #include <ATen/Config.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
-
-#include <atomic>
-#include <exception>
-#include <mutex>
-#include <vector>
 
 #include "tile.h"
 #include "turns.h"
@@ -24,24 +17,6 @@ extern "C" __attribute__((weak)) void sgemm_(const char* flip_a, const char* fli
                                              const int* c_row);
 
 namespace trinity {
-
-void take_turns(int64_t tasks, const std::function<void(int64_t)>& work) {
-  std::atomic<int64_t> next{0};
-  std::exception_ptr failure;
-  std::mutex guard;
-  const auto run = [&](int64_t, int64_t) {
-    at::AutoDispatchBelowADInplaceOrView plain;
-    try {
-      for (int64_t task = next++; task < tasks; task = next++) work(task);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(guard);
-      failure = std::current_exception();
-    }
-  };
-  // As many strips as threads, each taking what is next.
-  at::parallel_for(0, at::get_num_threads(), 1, run);
-  if (failure) std::rethrow_exception(failure);
-}
 
 namespace {
 

@@ -147,7 +147,7 @@ def activation_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
     masks = 2 * 8 * tokens if kernels else _mask_bytes(model, layout, length)
     if layout.remat == "none":
         kinds = layer_patterns(model)
-        insides = (kind.layers * _block_activations(model, layout, length, kind, kernels) for kind in kinds)
+        insides = (kind.layers * _block_activations(run, layout, kind, kernels) for kind in kinds)
         return sum(insides) + final + masks
     scores = tokens * (4 * model.num_experts + 12 * model.num_experts_per_tok)  # for the balance loss
     inputs = model.num_hidden_layers * tokens * model.hidden_size * layout.value_bytes
@@ -158,35 +158,32 @@ def recomputed_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
     """What one block keeps when it is computed again: 0 unless remat=block."""
     if layout.remat == "none":
         return 0
-    model, length = run.model, run.data.sequence_length
-    return max(_block_activations(model, layout, length, kind, kernels) for kind in layer_patterns(model))
+    return max(_block_activations(run, layout, kind, kernels) for kind in layer_patterns(run.model))
 
 
-def _block_activations(model: ModelConfig, layout: Layout, length: int, kind: LayerKind, kernels: bool) -> int:
+def _block_activations(run: RunConfig, layout: Layout, kind: LayerKind, kernels: bool) -> int:
     """Bytes that one block saves for its backward (model/block.py)."""
-    return _attention_bytes(model, layout, length, kind, kernels) + _feed_forward_bytes(
-        model, layout, length, kind, kernels
-    )
+    return _attention_bytes(run, layout, kind, kernels) + _feed_forward_bytes(run, layout, kind, kernels)
 
 
-def _attention_bytes(model: ModelConfig, layout: Layout, length: int, kind: LayerKind, kernels: bool) -> int:
+def _attention_bytes(run: RunConfig, layout: Layout, kind: LayerKind, kernels: bool) -> int:
     """Of it, attention and its two norms (model/attention.py)."""
-    size, head = layout.value_bytes, model.head_dim
+    model, size, head = run.model, layout.value_bytes, run.model.head_dim
     query, key = model.num_attention_heads * head, model.num_key_value_heads * head
     heads = model.num_attention_heads + model.num_key_value_heads
     norms = 4 * (query + key + heads)  # of queries and keys: what they read, and scales, float32
     if kernels:
         attention = size * (3 * query + 2 * key)  # queries, keys, values; the output, and again with heads side by side
     else:  # a local layer's block of keys comes with the one before it
-        copies = 2 if not kind.is_global and length >= 2 * model.sliding_window else 1
+        copies = 2 if not kind.is_global and run.data.sequence_length >= 2 * model.sliding_window else 1
         attention = size * query * (2 + 2 * copies)  # queries, output, and keys and values for every query head
     attention += 4 * model.num_attention_heads + 2 * size * query  # log-sums; the gate and its product
-    return layout.microbatch_rows * length // layout.context * (_sandwich(model, size) + norms + attention)
+    return layout.tokens(run) * (_sandwich(model, size) + norms + attention)
 
 
-def _feed_forward_bytes(model: ModelConfig, layout: Layout, length: int, kind: LayerKind, kernels: bool) -> int:
+def _feed_forward_bytes(run: RunConfig, layout: Layout, kind: LayerKind, kernels: bool) -> int:
     """Of it, the feed-forward, dense or sparse, and its two norms (model/experts.py)."""
-    size, width, tokens = layout.value_bytes, model.hidden_size, layout.microbatch_rows * length // layout.context
+    model, size, width, tokens = run.model, layout.value_bytes, run.model.hidden_size, layout.tokens(run)
     if not kind.is_sparse:
         return tokens * (_sandwich(model, size) + 4 * size * model.intermediate_size)
     chosen, hidden = model.num_experts_per_tok, model.moe_intermediate_size
@@ -247,8 +244,7 @@ def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, rec
     if experts:  # copied to float32, summed over processes; their working copy is gone by then
         shards = layout.fsdp // layout.expert
         summed = 12 if shards == 1 else max(4 + size, 4 + 4 / shards + size / 3)  # alone: divided into a third copy
-        length = run.data.sequence_length
-        beside = max(_attention_bytes(model, layout, length, kind, kernels) for kind in layer_patterns(model))
+        beside = max(_attention_bytes(run, layout, kind, kernels) for kind in layer_patterns(model))
         beside += tokens * (4 * (width + 1) + 3 * width * size)  # the norm before the experts, and what arrives there
         beside = beside - recomputed if recomputed else 0
         waiting = max(waiting, round((summed - size) * experts) + beside)
