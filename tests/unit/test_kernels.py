@@ -20,6 +20,8 @@ from trinity.model.experts import grouped_matmul_loop, through_experts
 from trinity.optim.orthogonalise import orthogonalise
 
 needs_kernels = pytest.mark.skipif(not compiled.is_loaded(), reason="no C++ compiler here: torch does this work")
+HAS_AMX = compiled.is_loaded() and compiled.uses_amx(True)
+needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this processor has no AMX: the other products do its work")
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -41,6 +43,39 @@ def test_a_product_is_that_of_torch(rows, inner, outer, seed):
     fast = both_ways(products.Product.apply, x, weight, upstream)
     for a, b in zip(fast, both_ways(F.linear, x, weight, upstream), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@needs_amx
+@settings(deadline=None)
+@given(
+    st.sampled_from([1, 15, 32, 33, 100, 300]), st.sampled_from([0, 1, 31, 64, 500, 2100, 4000]),
+    st.sampled_from([1, 16, 47, 96, 1600]), st.booleans(), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_a_product_on_amx_is_as_exact_as_one_in_float32(rows, depth, columns, turned, flipped, add):
+    """Whole and broken tiles, both orders of memory on both sides, sums over stretches of a great depth."""
+    a = normal(depth, rows).T if turned else normal(rows, depth)
+    b = normal(columns, depth, seed=1).T if flipped else normal(depth, columns, seed=1)
+    start = normal(rows, columns, seed=2)
+    out = start.clone()
+    torch.ops.trinity.multiply_by_amx(a, b, out, add)
+    exact = a.double() @ b.double() + (start.double() if add else 0)
+    room = a.double().abs() @ b.double().abs() + start.double().abs()
+    assert (out.double() - exact).abs().le(1e-6 * room).all()  # 8 units of float32's precision, of thousands summed
+
+
+@needs_amx
+def test_all_24_bits_of_float32_reach_a_product_on_amx():
+    """Of bfloat16's 8 bits alone, or 16 of two parts, little would be left of these."""
+    x = (1 + torch.rand(64, 64, generator=torch.Generator().manual_seed(0))) * 2.0 ** torch.arange(-32, 32)
+    out = torch.empty(64, 64)
+    torch.ops.trinity.multiply_by_amx(x, torch.eye(64), out, False)
+    assert torch.equal(out, x)
+    torch.ops.trinity.multiply_by_amx(torch.eye(64), x, out, False)
+    assert torch.equal(out, x)
+    for broken in (float("nan"), float("inf")):
+        x[3, 5] = broken
+        torch.ops.trinity.multiply_by_amx(x, normal(64, 64), out, False)
+        assert (~out.isfinite()).any(-1).nonzero().flatten().tolist() == [3], "a guard can only see what arrives"
 
 
 def through(sizes, weighted, inner, hidden, kernels, backwards=1):
@@ -154,10 +189,13 @@ def test_more_threads_change_no_bit():
         single = both_ways(products.Product.apply, x, weight, upstream)
         tiles = torch.empty(300, 200)
         torch.ops.trinity.multiply_by_tiles(x, weight.T, tiles, False)
+        deep = torch.zeros(384, 384)
+        if HAS_AMX:
+            torch.ops.trinity.multiply_by_amx(normal(2100, 384).T, normal(2100, 384, seed=1), deep, False)
         norm = both_ways(lambda t, w: Normalise.apply(t, w, 1e-5), normal(9000, 48), normal(48), normal(9000, 48))
         query, key = x.view(1, 6, 300, 8), x[:, :16].reshape(1, 2, 300, 8)
         attended = both_ways(lambda q, k: StretchAttention.apply(q, k, k.detach(), seen), query, key, query)
-        results.append([*grouped, *single, tiles, *norm, *attended, orthogonalise(normal(5, 200, 70))])
+        results.append([*grouped, *single, tiles, deep, *norm, *attended, orthogonalise(normal(5, 200, 70))])
     torch.set_num_threads(1)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -229,10 +267,13 @@ def test_a_document_that_comes_back_is_one_document():
 
 
 @needs_kernels
+@pytest.mark.parametrize("amx", [False, pytest.param(True, marks=needs_amx)])
 @pytest.mark.parametrize("shape", [(5, 64, 96), (5, 96, 64), (70, 70), (2, 3, 65, 90), (300, 80), (7, 7), (5, 24, 16)])
-def test_orthogonalised_stacks_are_those_of_torch(shape, monkeypatch):
+def test_orthogonalised_stacks_are_those_of_torch(shape, amx, monkeypatch):
     matrices = normal(*shape)
+    compiled.uses_amx(amx)
     fast = orthogonalise(matrices)
+    compiled.uses_amx(HAS_AMX)
     monkeypatch.setattr("trinity.optim.orthogonalise.fits", lambda *_: False)
     torch.testing.assert_close(fast, orthogonalise(matrices), rtol=1e-4, atol=1e-5)
 

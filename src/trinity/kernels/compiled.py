@@ -2,7 +2,7 @@
 
 The library is named after a hash of the sources, the torch release, the compiler's flags and the processor, so that
 what is found there fits. Processes that start together build once: one holds a lock (which dies with its holder), the
-rest wait for it. TRINITY_KERNELS=off leaves the library alone.
+rest wait for it. TRINITY_KERNELS=off leaves the library alone, TRINITY_KERNELS=tiles the matrix unit of the processor.
 """
 
 import fcntl
@@ -29,6 +29,7 @@ _FLAGS += ["-DAT_PARALLEL_OPENMP=1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compi
 _OPERATORS = torch.library.Library("trinity", "DEF")
 for _schema in (
     "matmul(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()",
+    "multiply_by_amx(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()",
     "multiply_by_tiles(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()",
     "experts(Tensor x, Tensor order, Tensor ends, Tensor weights, Tensor gate_up, Tensor down, Tensor(a!) out,"
     " Tensor(b!) kept, Tensor(c!) rows) -> ()",
@@ -45,6 +46,7 @@ for _schema in (
 ):
     _OPERATORS.define(_schema)
     _OPERATORS.impl(_schema.partition("(")[0], lambda *_: None, "Meta")
+_OPERATORS.define("use_amx(bool wanted) -> bool")
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -66,10 +68,16 @@ def is_loaded() -> bool:
         return False
     try:
         torch.ops.load_library(str(_built()))
+        uses_amx(os.environ.get("TRINITY_KERNELS") != "tiles")
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _say(f"The CPU kernels are not used, training is slower ({_reason(error)}). Install g++ to have them built.")
         return False
     return True
+
+
+def uses_amx(wanted: bool) -> bool:
+    """Whether products go to the processor's matrix unit from now on: where it is wanted, there, and lent by Linux."""
+    return bool(torch.ops.trinity.use_amx(wanted))
 
 
 def _built() -> Path:

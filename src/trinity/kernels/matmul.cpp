@@ -1,4 +1,4 @@
-// Float32 matrix products on a CPU, spread over threads in whole blocks, and Newton-Schulz, which is made of them.
+// Float32 matrix products on a CPU, spread over threads in whole blocks.
 //
 // The BLAS that torch calls uses AVX-512 on some processors only; these use what the compiler knows this one to have.
 
@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "amx.h"
 #include "tile.h"
 #include "turns.h"
 
@@ -136,36 +137,10 @@ void matmul(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, boo
     return x.size(0) > 1 && x.size(1) > 1 &&
            ((x.stride(1) == 1 && x.stride(0) >= x.size(1)) || (x.stride(0) == 1 && x.stride(1) >= x.size(0)));
   };
+  constexpr int64_t kWorthPacking = 1 << 14;  // values of the right side; below it BLAS is as fast
+  if (has_amx() && b.numel() >= kWorthPacking) return multiply_by_amx(a, b, out, add);
   if (blas_is_whole() && plain(a) && plain(b)) return multiply_by_blas(a, b, out, add);
   multiply_by_tiles(a, b, out, add);
-}
-
-// Newton-Schulz in place on stack [n, m, k], m <= k: see optim/orthogonalise.py. A whole matrix is one task, which
-// keeps it in the cache of its core over all the steps.
-void orthogonalise(const at::Tensor& stack, int64_t steps, double a, double b, double c) {
-  const int64_t m = stack.size(1), k = stack.size(2), high = whole_vectors(m), wide = whole_vectors(k);
-  float* matrices = stack.mutable_data_ptr<float>();
-  take_turns(stack.size(0), [&](int64_t index) {
-    Scratch scratch{2 * m * wide, wide * high, 2 * m * high};
-    float *x = scratch.take(m * wide), *next = scratch.take(m * wide), *flipped = scratch.take(wide * high);
-    float *gram = scratch.take(m * high), *factor = scratch.take(m * high);
-    for (int64_t i = 0; i < m; ++i) {
-      std::copy_n(matrices + (index * m + i) * k, k, x + i * wide);
-      std::fill_n(x + i * wide + k, wide - k, 0.0f);
-    }
-    for (int64_t step = 0; step < steps; ++step) {
-      transpose(x, wide, m, k, flipped, high);
-      multiply_here(m, high, k, {x, wide, 1}, flipped, high, gram, high, false);
-      multiply_here(m, high, m, {gram, high, 1}, gram, high, factor, high, false);
-      // (a I + b G + c G^2) X
-      const float linear = static_cast<float>(b), square = static_cast<float>(c);
-      for (int64_t i = 0; i < m * high; ++i) factor[i] = factor[i] * square + gram[i] * linear;
-      for (int64_t i = 0; i < m; ++i) factor[i * high + i] += static_cast<float>(a);
-      multiply_here(m, wide, m, {factor, high, 1}, x, wide, next, wide, false);
-      std::swap(x, next);
-    }
-    for (int64_t i = 0; i < m; ++i) std::copy_n(x + i * wide, k, matrices + (index * m + i) * k);
-  });
 }
 
 }  // namespace
@@ -173,7 +148,6 @@ void orthogonalise(const at::Tensor& stack, int64_t steps, double a, double b, d
 TORCH_LIBRARY_IMPL(trinity, CPU, library) {
   library.impl("matmul", matmul);
   library.impl("multiply_by_tiles", multiply_by_tiles);
-  library.impl("orthogonalise", orthogonalise);
 }
 
 }  // namespace trinity
