@@ -20,7 +20,7 @@ from trinity.model.experts import grouped_matmul_loop, through_experts
 from trinity.optim.orthogonalise import orthogonalise
 
 needs_kernels = pytest.mark.skipif(not compiled.is_loaded(), reason="no C++ compiler here: torch does this work")
-HAS_AMX = compiled.is_loaded() and compiled.uses_amx(True)
+HAS_AMX = compiled.is_loaded() and torch.ops.trinity.use_amx(True)
 needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this processor has no AMX: the other products do its work")
 
 
@@ -271,9 +271,9 @@ def test_a_document_that_comes_back_is_one_document():
 @pytest.mark.parametrize("shape", [(5, 64, 96), (5, 96, 64), (70, 70), (2, 3, 65, 90), (300, 80), (7, 7), (5, 24, 16)])
 def test_orthogonalised_stacks_are_those_of_torch(shape, amx, monkeypatch):
     matrices = normal(*shape)
-    compiled.uses_amx(amx)
+    torch.ops.trinity.use_amx(amx)
     fast = orthogonalise(matrices)
-    compiled.uses_amx(HAS_AMX)
+    torch.ops.trinity.use_amx(HAS_AMX)
     monkeypatch.setattr("trinity.optim.orthogonalise.fits", lambda *_: False)
     torch.testing.assert_close(fast, orthogonalise(matrices), rtol=1e-4, atol=1e-5)
 

@@ -46,7 +46,7 @@ for _schema in (
 ):
     _OPERATORS.define(_schema)
     _OPERATORS.impl(_schema.partition("(")[0], lambda *_: None, "Meta")
-_OPERATORS.define("use_amx(bool wanted) -> bool")
+_OPERATORS.define("use_amx(bool wanted) -> bool")  # from now on; whether it is there and lent by Linux, too
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -68,16 +68,11 @@ def is_loaded() -> bool:
         return False
     try:
         torch.ops.load_library(str(_built()))
-        uses_amx(os.environ.get("TRINITY_KERNELS") != "tiles")
+        torch.ops.trinity.use_amx(os.environ.get("TRINITY_KERNELS") != "tiles")
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _say(f"The CPU kernels are not used, training is slower ({_reason(error)}). Install g++ to have them built.")
         return False
     return True
-
-
-def uses_amx(wanted: bool) -> bool:
-    """Whether products go to the processor's matrix unit from now on: where it is wanted, there, and lent by Linux."""
-    return bool(torch.ops.trinity.use_amx(wanted))
 
 
 def _built() -> Path:
