@@ -45,6 +45,13 @@ def test_a_product_is_that_of_torch(rows, inner, outer, seed):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
+def sides_of_a_product(rows, depth, columns, turned, flipped):
+    """Two sides, each in rows or, turned or flipped, in columns; and what the result may be added to."""
+    a = normal(depth, rows).T if turned else normal(rows, depth)
+    b = normal(columns, depth, seed=1).T if flipped else normal(depth, columns, seed=1)
+    return a, b, normal(rows, columns, seed=2)
+
+
 @needs_amx
 @settings(deadline=None)
 @given(
@@ -53,9 +60,7 @@ def test_a_product_is_that_of_torch(rows, inner, outer, seed):
 )  # fmt: skip
 def test_a_product_on_amx_is_as_exact_as_one_in_float32(rows, depth, columns, turned, flipped, add):
     """Whole and broken tiles, both orders of memory on both sides, sums over stretches of a great depth."""
-    a = normal(depth, rows).T if turned else normal(rows, depth)
-    b = normal(columns, depth, seed=1).T if flipped else normal(depth, columns, seed=1)
-    start = normal(rows, columns, seed=2)
+    a, b, start = sides_of_a_product(rows, depth, columns, turned, flipped)
     out = start.clone()
     torch.ops.trinity.multiply_by_amx(a, b, out, add)
     exact = a.double() @ b.double() + (start.double() if add else 0)
@@ -169,9 +174,7 @@ def test_expanded_gradients_count_as_whole_ones(upstream):
 @given(st.integers(1, 130), st.integers(1, 800), st.integers(1, 200), st.booleans(), st.booleans(), st.booleans())
 def test_our_tiles_multiply_as_torch_does(rows, depth, columns, left, right, add):
     """The path of processors on which torch's BLAS is not at full width, whatever this one is."""
-    a = normal(depth, rows).T if left else normal(rows, depth)
-    b = normal(columns, depth, seed=1).T if right else normal(depth, columns, seed=1)
-    held = normal(rows, columns, seed=2)
+    a, b, held = sides_of_a_product(rows, depth, columns, left, right)
     out = held.clone()
     torch.ops.trinity.multiply_by_tiles(a, b, out, add)
     torch.testing.assert_close(out, a @ b + (held if add else 0), rtol=1e-4, atol=1e-3)
