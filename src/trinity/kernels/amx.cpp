@@ -52,10 +52,11 @@ void multiply_rows_by_amx(Left left, Left right, int64_t rows, int64_t columns, 
   constexpr int64_t kDepth = 384;    // of it, what stays in the cache of a core
   const at::Tensor packed = at::empty({packed_size(std::min(columns, kAtOnce), std::min(depth, kAtOnce))}, at::kFloat);
   float* block = packed.mutable_data_ptr<float>();
+  const int64_t height = lines_of_a_task(rows);
   for (int64_t j = 0; j < columns; j += kAtOnce) {
     const int64_t wide = std::min(kAtOnce, columns - j), share = lines_of_a_task(wide);
     for (int64_t k = 0; k < depth; k += kAtOnce) {
-      const int64_t deep = std::min(kAtOnce, depth - k), height = lines_of_a_task(rows);
+      const int64_t deep = std::min(kAtOnce, depth - k);
       take_turns((wide + share - 1) / share, [&](int64_t task) {
         const int64_t at = task * share;
         for (int64_t from = 0; from < deep; from += kDepth) {
