@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
-_FLAGS = ["-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-fopenmp"]
+_FLAGS = ["-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp"]
 _FLAGS += ["-DAT_PARALLEL_OPENMP=1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
 
 # Declared here, so that shapes trace on meta tensors where nothing is compiled. All write into what they are given.
@@ -96,13 +97,15 @@ def _built() -> Path:
 
 
 def _compile(compiler: str, library: Path) -> None:
-    """Build beside the goal and rename, so that a reader finds all of it or nothing."""
+    """Build beside the goal, every source on a core of its own, and rename: a reader finds all of it or nothing."""
     root = Path(torch.__file__).parent
-    links = [f"-isystem{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    with tempfile.TemporaryDirectory(dir=library.parent) as place:
+    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True, timeout=600)
+    with tempfile.TemporaryDirectory(dir=library.parent) as place, ThreadPoolExecutor(os.cpu_count()) as pool:
         half = Path(place) / library.name
-        command = [compiler, *_FLAGS, *map(str, _SOURCES), *links, "-o", str(half)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        objects = [str(half.with_suffix(f".{path.stem}.o")) for path in _SOURCES]
+        make = [compiler, *_FLAGS, f"-isystem{root / 'include'}", "-c"]
+        list(pool.map(lambda path, made: run([*make, str(path), "-o", made]), _SOURCES, objects))
+        run([compiler, *_FLAGS, "-shared", *objects, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(half)])
         half.replace(library)
 
 
