@@ -63,6 +63,15 @@ def parallelise(model: Transformer, parallel: ParallelConfig, world: World) -> N
         _shard(model, parallel, world)
 
 
+def sum_over_replicas(model: Transformer, wanted: bool) -> None:
+    """Whether backward passes from now on sum gradients over replicas, or keep their sums within this one's shards.
+
+    The last microbatch of a step does, the others do not: the slow links between replicas are used once a step.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(wanted)
+
+
 def materialise(model: Transformer, device: torch.device, seed: int) -> None:
     """Give a model on the meta device memory and initial values; of a sharded tensor the local part alone."""
     model.to_empty(device=device)

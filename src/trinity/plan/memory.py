@@ -248,9 +248,23 @@ def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, rec
         beside += tokens * (4 * (width + 1) + 3 * width * size)  # the norm before the experts, and what arrives there
         beside = beside - recomputed if recomputed else 0
         waiting = max(waiting, round((summed - size) * experts) + beside)
+    if recomputed and model.num_sparse_layers:
+        waiting = max(waiting, _recomputing_bytes(run, layout, layer, experts, kernels))
     # The balance loss hands every layer's scores their gradient at the beginning of backward.
     scores = 4 * tokens * model.num_experts * max(model.num_sparse_layers - 1, 0) if run.balance.sequence_loss else 0
     return head + scores + max(arriving - behind + max(gate, dense, 0) + own, waiting)
+
+
+def _recomputing_bytes(run: RunConfig, layout: Layout, layer: int, experts: int, kernels: bool) -> int:
+    """What is held beside a block's inside when, computed again, it has come to the end of its experts: the gradient
+    that waits for it, rounded and in float32, what the block adds to, rows on their way, what FSDP has not let go."""
+    model, size, width = run.model, layout.value_bytes, run.model.hidden_size
+    later = 4 * (width + 1) + 4 * size * model.moe_intermediate_size * model.num_shared_experts  # of the inside
+    rows = 0 if kernels else size * width * model.num_experts_per_tok * (2 if layout.expert > 1 else 1)
+    waiting = width * (2 * size + (4 if size == 2 else 0))
+    arrived = size * experts if layout.fsdp > layout.expert else 0  # the buffer in which the experts came
+    leaving = 4 * (layer - experts) if layout.fsdp > 1 else 0  # gradients of the block behind it, on their way
+    return layout.tokens(run) * (waiting + rows - later) + arrived + leaving
 
 
 def _loss_bytes(model: ModelConfig, layout: Layout, tokens: int) -> int:

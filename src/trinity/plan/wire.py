@@ -61,7 +61,8 @@ def transfers(run: RunConfig, layout: Layout, rank: int | None = None) -> list[T
 
 
 def _weights(model: ModelConfig, layout: Layout, microbatches: int) -> list[Transfer]:
-    """FSDP2: layers and embedding gathered for forward and again for backward, the root (head) once; gradients summed.
+    """FSDP2: layers and embedding gathered for forward and again for backward, the root (head) once; gradients summed
+    over shards in every microbatch, over replicas in the last.
 
     The gains of norms and the router are gathered in float32 whatever the precision.
     """
@@ -81,7 +82,7 @@ def _weights(model: ModelConfig, layout: Layout, microbatches: int) -> list[Tran
             Transfer(f"{name} gathered", "all-gather", group, processes, sharded * gathered, gathers),
             Transfer(f"{name}' gradients", "reduce-scatter", group, processes, sharded * 4 * own, calls),
             Transfer(f"{name}' gradients over replicas", "all-reduce", "replicate", layout.replicate,
-                     microbatches * 4 * own, calls),
+                     4 * own, units),
         ]  # fmt: skip
     return found
 

@@ -18,6 +18,7 @@ from trinity.model.dispatch import Dispatch
 from trinity.model.loss import IGNORED, chunked_loss
 from trinity.model.router import Routing, sequence_balance_loss
 from trinity.optim.schedule import factor_at
+from trinity.parallel.apply import sum_over_replicas
 from trinity.parallel.context import attend_over, own_stretch
 from trinity.parallel.expert import dispatch_over
 from trinity.parallel.mesh import World
@@ -56,6 +57,7 @@ def accumulate(
     added = torch.zeros(2, dtype=torch.float64, device=world.device)  # z-loss, balance loss
     counts = torch.zeros(len(model.expert_biases()), config.model.num_experts, dtype=torch.int64, device=world.device)
     for number, batch in enumerate(stretches):
+        sum_over_replicas(model, wanted=number == len(stretches) - 1)
         output = model(batch.tokens, batch.positions, attend_over(batch.document_ids, world), dispatch)
         loss, cross_entropy = chunked_loss(
             output.hidden.flatten(0, 1),

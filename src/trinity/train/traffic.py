@@ -23,7 +23,8 @@ from trinity.model.experts import Experts
 from trinity.model.transformer import Transformer
 from trinity.parallel.mesh import World
 
-ONCE = ("Muon's matrices", "routing counts", "gradient norm", "figures of the step")  # a step, not a microbatch
+ONCE = ("Muon's matrices", "routing counts", "gradient norm", "figures of the step", "weights' gradients over replicas",
+        "experts' gradients over replicas")  # a step, not a microbatch  # fmt: skip
 _LOSSES = "losses of microbatches"
 _SILENT = ("c10d.barrier.default", "c10d.monitored_barrier_.default")
 
