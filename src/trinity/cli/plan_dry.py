@@ -1,6 +1,7 @@
 """The dry run of a plan: the real step of its layout walked without values (train/dryrun.py), beside the formulas."""
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 from trinity.base.units import show_bytes, show_seconds
@@ -52,9 +53,11 @@ def compared(run: RunConfig, layout: Layout, found: Any) -> dict[str, Any]:
         by_collective[collective] += transfer.sent
     for kind, sent in found.sent.items():
         walked[kind.collective] += sent.bytes
-    # A rehearsal has the shapes of a CPU, without a process around it and without freed memory that cannot be used.
-    plan = rank_memory(run, layout, in_host_memory=True)
-    moments = {name: size - plan.process - plan.allocator for name, size in plan.moments_of_a_step.items()}
+    # A rehearsal has the shapes of a CPU in float32, and in bfloat16 of a GPU, but for an update in float32; no process
+    # around it, no freed memory that cannot be used, and no layer fetched ahead.
+    plan, on_cpu = (rank_memory(run, layout, host) for host in (layout.precision == "float32", True))
+    plan = replace(plan, muon=on_cpu.muon, process=0, allocator=0, prefetched=0)
+    moments = plan.moments_of_a_step
     peaks = {name: peak.bytes for name, peak in found.peaks.items()}
     memory = {
         **{name: (found.held[name], getattr(plan, name)) for name in ("weights", "moments", "gradients")},

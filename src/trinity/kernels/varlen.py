@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
@@ -20,8 +21,8 @@ class Documents(NamedTuple):
 
 
 def takes(q: Tensor) -> bool:
-    """Whether the kernel is there for such tensors: half precision on a GPU."""
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    """Whether the kernel is there for such tensors: half precision on a GPU, or in a dry run, which stands for one."""
+    return (q.is_cuda or isinstance(q, FakeTensor)) and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def documents_of(starts: Tensor) -> Documents:

@@ -16,7 +16,7 @@ from trinity.config.run import RunConfig
 from trinity.plan.assumptions import Assumptions
 from trinity.plan.flops import computed_flops, model_flops, newton_schulz_flops
 from trinity.plan.hardware import Cluster
-from trinity.plan.layout import Layout
+from trinity.plan.layout import Kernels, Layout
 from trinity.plan.memory import RankMemory, activation_bytes
 from trinity.plan.params import held_values
 from trinity.plan.wire import Transfer, transfers
@@ -68,7 +68,7 @@ def roofline(run: RunConfig, layout: Layout, cluster: Cluster, overlap: float) -
     microbatches = layout.microbatches(run)
     tokens = microbatches * layout.tokens(run)
     dense, routed = newton_schulz_flops(run.model, run.optim)
-    kernels = device.is_cpu and layout.precision == "float32"
+    kernels = layout.kernels(device.is_cpu)
     arithmetic = tokens * computed_flops(run.model, length, layout.remat, kernels) / device.peak(layout.precision)
     arithmetic += (dense + routed) / layout.fsdp / device.peak(run.optim.newton_schulz_dtype)
     seconds = {True: 0.0, False: 0.0}
@@ -106,7 +106,7 @@ def members_in_server(group: str, layout: Layout, per_server: int) -> int:
     return max(1, min(processes, per_server // stride))
 
 
-def _memory_bytes(run: RunConfig, layout: Layout, kernels: bool) -> float:
+def _memory_bytes(run: RunConfig, layout: Layout, kernels: Kernels) -> float:
     """Bytes through a device's memory in one step: working weights, activations and the update, each once a pass."""
     passes = 4 if layout.remat == "block" else 3
     one = held_values(run.model, 1, 1)

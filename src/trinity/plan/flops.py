@@ -1,7 +1,7 @@
 """Floating-point operations of a training step: what the model needs, and what this implementation computes.
 
     model FLOPs      forward 2 x parameters multiplied + 4 x query width x keys seen, a token; backward twice that
-    computed FLOPs   the same with the keys that the kernels read, and the forward of recomputed blocks a second time
+    computed FLOPs   the same with the keys that are read, scores made again in backward, and recomputed blocks' forward
     Newton-Schulz    steps x (4 m^2 n + 2 m^3) for each m x n matrix, once an optimiser step
 
 Model FLOPs are what efficiencies are quoted in; the roofline counts computed ones. Masks of documents inside a row
@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from trinity.config.model import ModelConfig
 from trinity.config.optim import OptimConfig
+from trinity.plan.layout import Kernels
 from trinity.plan.params import count_parameters, layer_kinds, layer_patterns
 
 
@@ -22,7 +23,7 @@ def keys_seen(length: int, window: int | None) -> float:
 
 
 def keys_read(length: int, window: int | None) -> int:
-    """Keys that the kernels multiply each query with (model/attend.py): windows by blocks of two, all otherwise."""
+    """Keys that each query is multiplied with under masks (model/attend.py): windows by blocks of two, else all."""
     return 2 * window if window is not None and length >= 2 * window else length
 
 
@@ -45,14 +46,15 @@ def model_flops(model: ModelConfig, length: int) -> float:
     return 3 * forward_flops(model, length)
 
 
-def computed_flops(model: ModelConfig, length: int, remat: str, kernels: bool) -> float:
+def computed_flops(model: ModelConfig, length: int, remat: str, kernels: Kernels) -> float:
     """Forward and backward for one token as computed here; remat=block repeats the forward of all but the head.
 
-    The CPU kernels read the keys that are seen and no others.
+    The kernels for CPUs and GPUs read the keys that are seen and no others. Backward makes the scores again.
     """
-    forward = forward_flops(model, length, read=not kernels)
+    read = kernels == "plain"
+    forward = forward_flops(model, length, read)
     again = forward - 2 * count_parameters(model).head if remat == "block" else 0
-    return 3 * forward + again
+    return 3 * forward + again + attention_flops(model, length, read) / 2
 
 
 @lru_cache

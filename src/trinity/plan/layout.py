@@ -3,9 +3,13 @@
 processes = replicate x shard x context;  fsdp = shard x context = expert x expert_shard      (parallel/mesh.py)
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from trinity.config.run import RunConfig
+
+# Which code attends and goes through experts: the compiled kernels, torch's for half precision on a GPU (no masks), or
+# the plain one with masks.
+Kernels = Literal["cpu", "gpu", "plain"]
 
 
 class Layout(NamedTuple):
@@ -40,6 +44,12 @@ class Layout(NamedTuple):
     def value_bytes(self) -> int:
         """Bytes of a working weight or an activation."""
         return 2 if self.precision == "bfloat16" else 4
+
+    def kernels(self, in_host_memory: bool) -> Kernels:
+        """in_host_memory: it computes in host memory (a CPU)."""
+        if in_host_memory:
+            return "cpu" if self.precision == "float32" else "plain"
+        return "gpu" if self.precision == "bfloat16" else "plain"
 
     def tokens(self, run: RunConfig) -> int:
         """Tokens of one microbatch on one process."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from trinity.config.model import ModelConfig
 from trinity.config.run import RunConfig
-from trinity.plan.layout import Layout
+from trinity.plan.layout import Kernels, Layout
 from trinity.plan.params import (
     LayerKind,
     Weight,
@@ -106,7 +106,7 @@ class RankMemory:
 def rank_memory(run: RunConfig, layout: Layout, in_host_memory: bool) -> RankMemory:
     """What the fullest process of a layout holds. in_host_memory: it computes in host memory (a CPU)."""
     held = held_values(run.model, layout.fsdp, layout.expert)
-    kernels = in_host_memory and layout.precision == "float32"
+    kernels = layout.kernels(in_host_memory)
     activations, recomputed = activation_bytes(run, layout, kernels), recomputed_bytes(run, layout, kernels)
     whole = layout.size > 1 or layout.precision != "float32"  # weights are gathered
     layer = max(_own_values(members, layout) for _, members in layer_kinds(run.model)) if whole else 0
@@ -139,12 +139,12 @@ def _kept_by_malloc(activations: int, microbatches: int) -> int:
     return activations if microbatches > 1 else activations // 2
 
 
-def activation_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
+def activation_bytes(run: RunConfig, layout: Layout, kernels: Kernels) -> int:
     """Everything autograd keeps of one microbatch from forward to backward; with remat=block, the inputs of blocks.
-    kernels: attention is that of the CPU kernels (src/trinity/kernels), which keep no copies."""
+    Masks of documents, and copies of keys, are kept where attention has no kernel of its own."""
     model, tokens, length = run.model, layout.tokens(run), run.data.sequence_length
     final = tokens * model.hidden_size * (4 + layout.value_bytes) + 4 * tokens
-    masks = 2 * 8 * tokens if kernels else _mask_bytes(model, layout, length)
+    masks = _mask_bytes(model, layout, length) if kernels == "plain" else 2 * 8 * tokens * layout.context
     if layout.remat == "none":
         kinds = layer_patterns(model)
         insides = (kind.layers * _block_activations(run, layout, kind, kernels) for kind in kinds)
@@ -154,26 +154,28 @@ def activation_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
     return inputs + model.num_sparse_layers * scores + final + masks
 
 
-def recomputed_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
+def recomputed_bytes(run: RunConfig, layout: Layout, kernels: Kernels) -> int:
     """What one block keeps when it is computed again: 0 unless remat=block."""
     if layout.remat == "none":
         return 0
     return max(_block_activations(run, layout, kind, kernels) for kind in layer_patterns(run.model))
 
 
-def _block_activations(run: RunConfig, layout: Layout, kind: LayerKind, kernels: bool) -> int:
+def _block_activations(run: RunConfig, layout: Layout, kind: LayerKind, kernels: Kernels) -> int:
     """Bytes that one block saves for its backward (model/block.py)."""
     return _attention_bytes(run, layout, kind, kernels) + _feed_forward_bytes(run, layout, kind, kernels)
 
 
-def _attention_bytes(run: RunConfig, layout: Layout, kind: LayerKind, kernels: bool) -> int:
+def _attention_bytes(run: RunConfig, layout: Layout, kind: LayerKind, kernels: Kernels) -> int:
     """Of it, attention and its two norms (model/attention.py)."""
     model, size, head = run.model, layout.value_bytes, run.model.head_dim
     query, key = model.num_attention_heads * head, model.num_key_value_heads * head
     heads = model.num_attention_heads + model.num_key_value_heads
     norms = 4 * (query + key + heads)  # of queries and keys: what they read, and scales, float32
-    if kernels:
+    if kernels == "cpu":
         attention = size * (3 * query + 2 * key)  # queries, keys, values; the output, and again with heads side by side
+    elif kernels == "gpu":
+        attention = size * (2 * query + 2 * key)  # queries, keys, values; the output
     else:  # a local layer's block of keys comes with the one before it
         copies = 2 if not kind.is_global and run.data.sequence_length >= 2 * model.sliding_window else 1
         attention = size * query * (2 + 2 * copies)  # queries, output, and keys and values for every query head
@@ -181,14 +183,14 @@ def _attention_bytes(run: RunConfig, layout: Layout, kind: LayerKind, kernels: b
     return layout.tokens(run) * (_sandwich(model, size) + norms + attention)
 
 
-def _feed_forward_bytes(run: RunConfig, layout: Layout, kind: LayerKind, kernels: bool) -> int:
+def _feed_forward_bytes(run: RunConfig, layout: Layout, kind: LayerKind, kernels: Kernels) -> int:
     """Of it, the feed-forward, dense or sparse, and its two norms (model/experts.py)."""
     model, size, width, tokens = run.model, layout.value_bytes, run.model.hidden_size, layout.tokens(run)
     if not kind.is_sparse:
         return tokens * (_sandwich(model, size) + 4 * size * model.intermediate_size)
     chosen, hidden = model.num_experts_per_tok, model.moe_intermediate_size
     router = 4 * model.num_experts + chosen * (8 + 3 * 4) + (4 * width if size == 2 else 0)
-    if kernels:  # their order; gate and up before the activation
+    if kernels == "cpu":  # their order; gate and up before the activation
         rows = chosen * (8 + size * 2 * hidden)
         if layout.expert > 1:  # and as they arrived and came back, with the order by local expert and weights of one
             rows += chosen * (size * 2 * width + 8 + 4)
@@ -197,7 +199,7 @@ def _feed_forward_bytes(run: RunConfig, layout: Layout, kind: LayerKind, kernels
         if layout.expert > 1:  # the orders by local expert, there and back
             rows += chosen * 8 * 2
     shared = 4 * size * hidden * model.num_shared_experts
-    padding = KEPT_PADDING * (model.num_experts // layout.expert) * 2 * hidden * 4 if kernels else 0
+    padding = KEPT_PADDING * (model.num_experts // layout.expert) * 2 * hidden * 4 if kernels == "cpu" else 0
     return tokens * (_sandwich(model, size) + router + rows + shared) + padding
 
 
@@ -220,7 +222,7 @@ def _own_values(members: list[Weight], layout: Layout) -> int:
     return sum(weight.values // (layout.expert if weight.role == "expert" else 1) for weight in members)
 
 
-def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, recomputed: int, kernels: bool) -> int:
+def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, recomputed: int, kernels: Kernels) -> int:
     """What backward holds beside what forward kept, at the fullest of three moments: inside the gate of the experts,
     when part of the block is already behind; inside a dense feed-forward; or when the gradients of a whole layer, in
     float32 too, wait to be summed over processes and what was computed again is gone."""
@@ -255,12 +257,12 @@ def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, rec
     return head + scores + max(arriving - behind + max(gate, dense, 0) + own, waiting)
 
 
-def _recomputing_bytes(run: RunConfig, layout: Layout, layer: int, experts: int, kernels: bool) -> int:
+def _recomputing_bytes(run: RunConfig, layout: Layout, layer: int, experts: int, kernels: Kernels) -> int:
     """What is held beside a block's inside when, computed again, it has come to the end of its experts: the gradient
     that waits for it, rounded and in float32, what the block adds to, rows on their way, what FSDP has not let go."""
     model, size, width = run.model, layout.value_bytes, run.model.hidden_size
     later = 4 * (width + 1) + 4 * size * model.moe_intermediate_size * model.num_shared_experts  # of the inside
-    rows = 0 if kernels else size * width * model.num_experts_per_tok * (2 if layout.expert > 1 else 1)
+    rows = 0 if kernels == "cpu" else size * width * model.num_experts_per_tok * (2 if layout.expert > 1 else 1)
     waiting = width * (2 * size + (4 if size == 2 else 0))
     arrived = size * experts if layout.fsdp > layout.expert else 0  # the buffer in which the experts came
     leaving = 4 * (layer - experts) if layout.fsdp > 1 else 0  # gradients of the block behind it, on their way

@@ -166,13 +166,16 @@ def _rows(phase: Phase, many: int) -> list[Batch]:
 
 
 class Answers(TorchDispatchMode):
-    """Answers what a step reads from values that are not there: a figure is 1, a condition false, a count of rows 0."""
+    """Answers what a step reads from values that are not there: a figure is 1, a condition false, a count of rows 0,
+    rows one document."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         if func is torch.ops.aten.equal.default:
             return True  # documents lie in a row one after another
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_zeros((1, args[0].dim()), dtype=torch.int64)  # where the one document begins
         if func is torch.ops.aten.bincount.default:
             return args[0].new_zeros(args[2] if len(args) > 2 else (kwargs or {}).get("minlength", 0))
         return func(*args, **(kwargs or {}))
