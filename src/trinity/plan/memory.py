@@ -67,6 +67,7 @@ class RankMemory:
     gradients: int
     activations: int
     recomputed: int = field(metadata={"meaning": "the inside of one block, where it is computed again in backward"})
+    passing: int = field(metadata={"meaning": "the inside of one block in forward, where it keeps nothing"})
     head: int = field(metadata={"meaning": "the head's working copy, which stays"})
     layer: int = field(metadata={"meaning": "the working copy of the layer in hand"})
     backward: int = field(metadata={"meaning": "gradients of the layer in hand, and of the head"})
@@ -84,7 +85,8 @@ class RankMemory:
         always = self.weights + self.moments + self.process + self.allocator
         early = self.gradients if self.kept_gradients else 0
         return {
-            "forward": always + early + self.activations + self.head + 2 * self.layer,  # and the buffer it arrives in
+            # The layer, and the buffer it arrives in.
+            "forward": always + early + self.activations + self.passing + self.head + 2 * self.layer,
             "loss": always + early + self.activations + self.head + self.loss,
             "backward": always
             + early
@@ -119,6 +121,7 @@ def rank_memory(run: RunConfig, layout: Layout, in_host_memory: bool) -> RankMem
         gradients=4 * held.weights,
         activations=activations,
         recomputed=recomputed,
+        passing=_passing_bytes(run, layout, kernels),
         head=layout.value_bytes * head,
         layer=layout.value_bytes * layer,
         backward=_backward_bytes(run, layout, tokens, layer, recomputed, kernels),
@@ -159,6 +162,21 @@ def recomputed_bytes(run: RunConfig, layout: Layout, kernels: Kernels) -> int:
     if layout.remat == "none":
         return 0
     return max(_block_activations(run, layout, kind, kernels) for kind in layer_patterns(run.model))
+
+
+def _passing_bytes(run: RunConfig, layout: Layout, kernels: Kernels) -> int:
+    """What one block holds of itself in forward at the fullest moment, among its experts, beyond the final norm that comes
+    later: 0 unless remat=block."""
+    model, size, width = run.model, layout.value_bytes, run.model.hidden_size
+    if layout.remat == "none":
+        return 0
+    if not model.num_sparse_layers:
+        return layout.tokens(run) * size * (2 * width + 3 * model.intermediate_size)
+    hidden = model.moe_intermediate_size
+    rows = 2 * hidden + width if kernels == "cpu" else max(width + 3 * hidden, 2 * width + hidden)
+    arrived = width * (1 + (kernels == "cpu")) if layout.expert > 1 else 0
+    inside = size * (2 * width + model.num_experts_per_tok * (rows + arrived))
+    return layout.tokens(run) * max(0, inside - (4 + size) * width)
 
 
 def _block_activations(run: RunConfig, layout: Layout, kind: LayerKind, kernels: Kernels) -> int:
@@ -259,11 +277,12 @@ def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, rec
 
 def _recomputing_bytes(run: RunConfig, layout: Layout, layer: int, experts: int, kernels: Kernels) -> int:
     """What is held beside a block's inside when, computed again, it has come to the end of its experts: the gradient
-    that waits for it, rounded and in float32, what the block adds to, rows on their way, what FSDP has not let go."""
+    that waits for it (in float32 too) and what the block adds to, in place of the final norm's; rows on their way; what
+    FSDP has not let go."""
     model, size, width = run.model, layout.value_bytes, run.model.hidden_size
     later = 4 * (width + 1) + 4 * size * model.moe_intermediate_size * model.num_shared_experts  # of the inside
-    rows = 0 if kernels == "cpu" else size * width * model.num_experts_per_tok * (2 if layout.expert > 1 else 1)
-    waiting = width * (2 * size + (4 if size == 2 else 0))
+    rows = size * width * model.num_experts_per_tok * (2 if layout.expert > 1 and kernels != "cpu" else 1)
+    waiting = 4 * width
     arrived = size * experts if layout.fsdp > layout.expert else 0  # the buffer in which the experts came
     leaving = 4 * (layer - experts) if layout.fsdp > 1 else 0  # gradients of the block behind it, on their way
     return layout.tokens(run) * (waiting + rows - later) + arrived + leaving
