@@ -37,7 +37,16 @@ def test_what_is_no_count_is_refused(text: str):
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0, "0.0s"), (3.21, "3.2s"), (75.2, "1m15s"), (3600, "1h00m"), (90000, "1d1h"), (59.97, "60.0s")],
+    [
+        (0, "0.0s"),
+        (0.0321, "32ms"),
+        (0.45, "0.5s"),
+        (3.21, "3.2s"),
+        (75.2, "1m15s"),
+        (3600, "1h00m"),
+        (90000, "1d1h"),
+        (59.97, "60.0s"),
+    ],
 )
 def test_seconds(seconds: float, shown: str):
     assert show_seconds(seconds) == shown

@@ -77,7 +77,7 @@ def test_every_assumption_moves_what_it_should(name: str, value: float, grows: s
 def test_overlap_and_usable_memory_matter():
     run, cluster = recipe("large"), parse_cluster("2048xB300")
     layout = best_fit(run, cluster, USUAL, {}).layout
-    bounds = [roofline(run, layout, cluster, overlap).seconds for overlap in (0.0, 0.5, 1.0)]
+    bounds = [roofline(run, layout, cluster, replace(USUAL, overlap=overlap)).seconds for overlap in (0, 0.5, 1)]
     assert bounds == sorted(bounds, reverse=True) and bounds[0] > bounds[2]
     tight = smallest_cluster(run, DEVICES["B300"], replace(USUAL, usable_memory=0.2), {})
     assert tight is None or tight > (smallest_cluster(run, DEVICES["B300"], USUAL, {}) or 0)
@@ -88,7 +88,7 @@ def test_better_hardware_never_raises_the_roofline(field: str):
     run, device = recipe("large"), DEVICES["H100"]
     layout = Layout(8, 256, 1, 16, 4, "block", "bfloat16")
     better = replace(device, **{field: 4 * getattr(device, field)})
-    old, new = (roofline(run, layout, Cluster(device=d, size=2048), 0.8).seconds for d in (device, better))
+    old, new = (roofline(run, layout, Cluster(device=d, size=2048), USUAL).seconds for d in (device, better))
     assert new <= old
     if field in ("bfloat16", "network"):
         assert new < old
@@ -110,7 +110,7 @@ def test_one_process_sends_nothing(name: str, remat: str):
     run = recipe(name)
     layout = Layout(microbatch_rows=run.train.microbatch_rows, remat=remat)
     assert transfers(run, layout) == []
-    assert roofline(run, layout, Cluster(device=DEVICES["CPU"], size=1), 0.8).exchanges == 0
+    assert roofline(run, layout, Cluster(device=DEVICES["CPU"], size=1), USUAL).exchanges == 0
 
 
 def test_the_search_finds_the_least_of_what_fits():
@@ -125,7 +125,7 @@ def test_the_search_finds_the_least_of_what_fits():
                 for rows in (1, 2):
                     layout = Layout(8 // fsdp, fsdp, 1, expert, rows, remat, "bfloat16")
                     if fit_of(run, layout, cluster.device).memory.peak <= room:
-                        seconds[layout] = roofline(run, layout, cluster, USUAL.overlap).seconds
+                        seconds[layout] = roofline(run, layout, cluster, USUAL).seconds
     found = best_fit(run, cluster, USUAL, {}).layout
     assert seconds[found] == min(seconds.values())
 
@@ -162,7 +162,7 @@ def test_every_recipe_has_a_plan_without_a_cluster(name: str, capsys: pytest.Cap
     assert found["answer"]["days"] > 0 and found["memory"]["with_checkpoint_copy"] <= found["memory"]["usable"]
     assert found["memory"]["peak"] == max(found["memory"]["moments_of_a_step"].values())
     assert found["cluster"]["name"] == {"large": "2048xB300"}.get(name, found["cluster"]["name"])
-    small = name in ("debug", "demo")
+    small = name in ("debug", "demo", "lab256")
     assert (found["cluster"]["kind"] == "CPU") == small
 
 
@@ -180,8 +180,11 @@ def test_the_answer_comes_first(capsys: pytest.CaptureFixture[str]):
         (["large", "--cluster", "8xH1000"], "Known: B300, B200, H200, H100, A100, RTX4090, CPU."),
         (["large", "--cluster", "B300"], "is not a cluster"),
         (["large", "--cluster", "0xB300"], "Write a number from 1"),
-        (["large", "--cluster", "8xH100"], "The smallest that holds it is 128xH100"),
-        (["large", "--cluster", "1000xB300"], "No layout divides 1000 devices, 12288 rows a step, 256 experts"),
+        (["large", "--cluster", "8xH100"], "The smallest cluster that holds all of large is 128xH100"),
+        (["nano", "--cluster", "2xH100"], "nano, extension does not fit 2xH100"),
+        (["nano", "--cluster", "2xH100"], "`--set extension.tokens=0` plans the run without its extension."),
+        (["large", "--cluster", "1000xB300"], "divides 1,000 devices, 12,288 rows a step, 256 experts"),
+        (["large", "--cluster", "1000xB300"], "Take 512 or 1,024 devices"),
         (["large", "--cluster", "64xB300", "--set", "parallel.expert=3"], "with expert 3"),
         (["large", "--efficiency", "2"], "device.efficiency is 2.0"),
         (["large", "--price", "cheap"], "'price' must be float"),
@@ -223,6 +226,50 @@ def test_a_ramp_and_an_extension_are_stages_of_their_own():
     assert plan["stages"][2]["layout"]["context"] > plan["stages"][1]["layout"]["context"] == 1
 
 
+@pytest.mark.parametrize("kind", ["B300", "B200", "H200", "H100", "A100", "RTX4090"])
+@pytest.mark.parametrize("name", ["lab256", "nano", "mini", "large"])
+def test_the_smallest_cluster_that_is_named_holds_every_stage(name: str, kind: str):
+    """And half of it does not: of the run as it is planned, its ramp and its extension included."""
+    run = recipe(name)
+    size = smallest_cluster(run, DEVICES[kind], USUAL, {})
+    if size is None:
+        assert (name, kind) == ("large", "RTX4090")
+        return
+    plan = figures(run, (kind, size), DEVICES, USUAL, {})
+    assert [stage["name"] for stage in plan["stages"]] == [stage.name for stage in stages(run)]
+    if size > 1:
+        with pytest.raises(UsageError, match=f"holds all of {name} is {size}x{kind}"):
+            figures(run, (kind, size // 2), DEVICES, USUAL, {})
+
+
+@pytest.mark.parametrize("kind", ["H200", "H100"])
+def test_the_published_run_takes_about_twice_as_long_on_hopper(kind: str):
+    """The whole course as the command plans it, extension included."""
+    days = [figures(recipe("large"), (name, 2048), DEVICES, USUAL, {})["answer"]["days"] for name in ("B300", kind)]
+    assert 31 < days[0] < 35 and 2 < days[1] / days[0] < 2.6
+
+
+def test_what_a_small_model_takes_on_a_gpu_is_bound_by_starting_kernels():
+    plan = figures(recipe("demo"), ("B300", 1), DEVICES, USUAL, {})
+    assert plan["roofline"]["seconds"] == plan["roofline"]["launches"] == plan["answer"]["step_seconds"]
+
+
+def test_the_beginning_of_a_ramp_is_warned_of():
+    run = override(recipe("lab256"), ["train.batch_tokens=4096", "optim.warmup_tokens=0"])
+    early = PhaseConfig(name="early", from_tokens=0)
+    usual = PhaseConfig(name="usual", from_tokens=4096 * 1000, batch_tokens=131072)
+    plan = figures(replace(run, phases=(early, usual)), ("CPU", 1), DEVICES, USUAL, {})
+    assert plan["experts"]["warnings"][0].startswith("early: Each expert sees 64 rows a step")
+
+
+def test_fixed_shards_leave_room_for_context_ranks():
+    """The published layout: 128 shards of weights, of which a stage with long rows shares each row between several."""
+    plan = figures(recipe("large"), ("B300", 2048), DEVICES, USUAL, {"replicate": 16, "shard": 128, "expert": 8})
+    layouts = [stage["layout"] for stage in plan["stages"]]
+    assert {layout["replicate"] * layout["shard"] * layout["context"] for layout in layouts} == {2048}
+    assert {layout["shard"] * layout["context"] for layout in layouts} == {128} and layouts[-1]["context"] > 1
+
+
 def test_nothing_fits_says_so():
-    with pytest.raises(UsageError, match="No number of RTX4090 holds it"):
+    with pytest.raises(UsageError, match="No number of RTX4090 holds large"):
         best_fit(recipe("large"), parse_cluster("16xRTX4090"), USUAL, {})

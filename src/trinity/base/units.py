@@ -34,7 +34,9 @@ def show_bytes(value: float) -> str:
 
 
 def show_seconds(value: float) -> str:
-    """75.2 -> '1m15s', 3.21 -> '3.2s', 90000 -> '1d1h'."""
+    """75.2 -> '1m15s', 3.21 -> '3.2s', 0.0321 -> '32ms', 90000 -> '1d1h'."""
+    if 0 < value < 0.1:
+        return f"{1000 * value:.2g}ms"
     if value < 60:
         return f"{value:.1f}s"
     whole = round(value)

@@ -36,9 +36,9 @@ def figures(
 ) -> dict[str, Any]:
     """The plan of a run on the cluster asked for (kind, size), or on one chosen by the time it would take."""
     cluster = Cluster(device=devices[asked[0]], size=asked[1]) if asked else chosen_cluster(run, devices, assumptions)
-    planned = [_planned(stage, cluster, assumptions, fixed) for stage in stages(run)]
+    planned = [_planned(stage, run, cluster, assumptions, fixed) for stage in stages(run)]
     main = max(planned, key=lambda each: each.cost.days)
-    fit, cost, load = main.fit, main.cost, expert_load(main.stage.run, main.fit.layout, cluster.device)
+    fit, cost = main.fit, main.cost
     return {
         "recipe": run.name,
         "cluster": {"name": str(cluster), "devices": cluster.size, "kind": cluster.device.name, "asked": bool(asked)},
@@ -51,8 +51,8 @@ def figures(
         "stops": {"save_seconds": cost.save_seconds, "save_share": cost.save_share,
                   "failures": sum(each.cost.failures for each in planned),
                   "failure_share": cost.failure_share, "training_share": cost.training_share},
-        "experts": load._asdict(),
-        "other_devices": _others(main, planned, cluster, devices, assumptions, fixed),
+        "experts": _experts(planned, main, cluster),
+        "other_devices": _others(run, main, planned, cluster, devices, assumptions, fixed),
         **_sizes(run),
         "assumptions": _assumptions(cluster.device, assumptions),
     }  # fmt: skip
@@ -64,23 +64,21 @@ class Planned(NamedTuple):
     cost: Cost
 
 
-def _planned(stage: Stage, cluster: Cluster, assumptions: Assumptions, fixed: dict[str, object]) -> Planned:
-    fit = best_fit(stage.run, cluster, assumptions, fixed)
+def _planned(
+    stage: Stage, whole: RunConfig, cluster: Cluster, assumptions: Assumptions, fixed: dict[str, object]
+) -> Planned:
+    fit = best_fit(stage.run, cluster, assumptions, fixed, whole)
     return Planned(stage, fit, run_cost(stage.run, fit.layout, cluster, fit.memory, assumptions))
 
 
 def chosen_cluster(run: RunConfig, devices: dict[str, Device], assumptions: Assumptions) -> Cluster:
     """One CPU machine for a run of a day, else the smallest power of two of B300 that holds the run and is quick."""
     flops = sum(_flops(stage.run) for stage in stages(run))
-    main = max(stages(run), key=lambda stage: stage.run.horizon).run
     cpu, gpu = devices["CPU"], devices["B300"]
     alone = Cluster(device=cpu, size=1)
-    if (
-        flops / (cpu.float32 * cpu.efficiency) <= _SHORT_DAYS * DAY
-        and smallest_cluster(main, cpu, assumptions, {}) == 1
-    ):
+    if flops / (cpu.float32 * cpu.efficiency) <= _SHORT_DAYS * DAY and smallest_cluster(run, cpu, assumptions, {}) == 1:
         return alone
-    size = smallest_cluster(main, gpu, assumptions, {})
+    size = smallest_cluster(run, gpu, assumptions, {})
     if size is None:
         raise UsageError(f"{run.name} fits no number of B300.", "Use fewer layers or experts, or shorter rows.")
     while flops / (size * gpu.bfloat16 * gpu.efficiency) > _LONGEST_DAYS * DAY and size < run.train.batch_tokens:
@@ -143,7 +141,19 @@ def _wire(run: RunConfig, fit: Fit, cluster: Cluster) -> list[dict[str, Any]]:
     ]
 
 
+def _experts(planned: list[Planned], main: Planned, cluster: Cluster) -> dict[str, Any]:
+    """What one expert gets in the main stage, and the warnings of every stage: a ramp begins with small batches."""
+    loads = [(each, expert_load(each.stage.run, each.fit.layout, cluster.device)) for each in planned]
+    told = [
+        f"{each.stage.name}: {warning}" if len(planned) > 1 else warning
+        for each, load in loads
+        for warning in load.warnings
+    ]
+    return next(load for each, load in loads if each is main)._asdict() | {"warnings": told}
+
+
 def _others(
+    run: RunConfig,
     main: Planned,
     planned: list[Planned],
     cluster: Cluster,
@@ -151,11 +161,11 @@ def _others(
     assumptions: Assumptions,
     fixed: dict[str, object],
 ) -> list[dict[str, Any]]:
-    """The same run on as many devices of each kind, and the smallest cluster of the kind that holds it.
+    """The same run on as many devices of each kind, and the smallest cluster of the kind that holds all of it.
 
     The main stage is planned on each; other stages are taken to keep their proportion.
     """
-    rows, run = [], main.stage.run
+    rows = []
     whole = sum(each.cost.days for each in planned) / main.cost.days
     for device in devices.values():
         if device.is_cpu != cluster.device.is_cpu and cluster.size > 1:
@@ -166,7 +176,7 @@ def _others(
             continue
         other = Cluster(device=device, size=cluster.size)
         try:
-            found = _planned(main.stage, other, assumptions, fixed)
+            found = _planned(main.stage, run, other, assumptions, fixed)
         except UsageError:  # it fits fewer devices than it divides
             continue
         row |= {name: whole * getattr(found.cost, name) for name in ("days", "dollars", "megawatt_hours")}

@@ -43,7 +43,7 @@ def drawings(found: dict[str, Any]) -> list[Bars]:
     """What a plan shows at a glance: memory, a step, other devices and, beside other models, decoding."""
     parts = {PARTS[name]: value / 2**30 for name, value in found["memory"]["parts"].items() if value}
     roofline = found["roofline"]
-    step = {name: roofline[name] for name in ("arithmetic", "memory", "weights", "exchanges")}
+    step = {name: roofline[name] for name in ("arithmetic", "memory", "launches", "weights", "exchanges")}
     step |= {"roofline": roofline["seconds"], "expected": found["answer"]["step_seconds"]}
     others = {row["kind"]: row for row in found["other_devices"] if "days" in row}
     made = [

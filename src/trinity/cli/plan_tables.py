@@ -11,6 +11,7 @@ PARTS = {
     "gradients": "gradients",
     "activations": "activations",
     "recomputed": "block computed again",
+    "passing": "block in forward",
     "head": "gathered head",
     "layer": "gathered layer",
     "backward": "gradients in backward",
@@ -73,6 +74,7 @@ def step_table(found: dict[str, Any]) -> Table:
     names = {
         "arithmetic": "arithmetic at the peak",
         "memory": "device memory",
+        "launches": "starting kernels",
         "weights": "weights and gradients sent",
         "exchanges": "exchanges waited for",
         "seconds": "roofline",

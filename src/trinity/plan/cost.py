@@ -1,12 +1,13 @@
 """Time, energy and money of a run on a cluster.
 
-    roofline of a step   max(a, w) + (1 - overlap) min(a, w) + exchanges,  a = max(arithmetic, memory), w = weights sent
+    roofline of a step   max(a, w) + (1 - overlap) min(a, w) + exchanges
+                         a = max(arithmetic, device memory, starting kernels), w = weights sent
     expected step        model FLOPs / (devices x peak x efficiency), never below the roofline
     days                 steps x expected step / share of time that trains (saves, failures, restarts take the rest)
 
 Weights are gathered and gradients summed while layers compute (FSDP2 prefetches), in part; exchanges of rows, of
-context and of Muon's matrices are waited for. Latency of calls and kernels is not in the roofline, nor is skew between
-processes: it is a bound and ranks layouts; the efficiency, taken from published runs, is what dates a run.
+context and of Muon's matrices are waited for. Skew between processes is not in the roofline: it is a bound and ranks
+layouts; the efficiency, taken from published runs, is what dates a run.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from trinity.plan.params import held_values
 from trinity.plan.wire import Transfer, transfers
 
 DAY = 86400.0
+# Operators of one block that work on values, counted in rehearsals of lab256 in bfloat16 over two processes.
+FORWARD_KERNELS, BACKWARD_KERNELS, UPDATE_KERNELS = 112, 164, 64
 _OVERLAPPED = ("fsdp", "expert_shard", "replicate")
 
 
@@ -30,13 +33,14 @@ class Roofline(NamedTuple):
 
     arithmetic: float
     memory: float
+    launches: float
     weights: float
     exchanges: float
     overlap: float
 
     @property
     def seconds(self) -> float:
-        on_device = max(self.arithmetic, self.memory)
+        on_device = max(self.arithmetic, self.memory, self.launches)
         hidden = (1 - self.overlap) * min(on_device, self.weights)
         return max(on_device, self.weights) + hidden + self.exchanges
 
@@ -62,7 +66,7 @@ class Cost:
         return 1 / (1 + self.save_share + self.failure_share)
 
 
-def roofline(run: RunConfig, layout: Layout, cluster: Cluster, overlap: float) -> Roofline:
+def roofline(run: RunConfig, layout: Layout, cluster: Cluster, assumptions: Assumptions) -> Roofline:
     """The roofline of one step."""
     device, length = cluster.device, run.data.sequence_length
     microbatches = layout.microbatches(run)
@@ -74,9 +78,16 @@ def roofline(run: RunConfig, layout: Layout, cluster: Cluster, overlap: float) -
     seconds = {True: 0.0, False: 0.0}
     for transfer in transfers(run, layout):
         waited = transfer.group not in _OVERLAPPED or transfer.purpose.startswith("Muon")
-        seconds[waited] += transfer_seconds(transfer, layout, cluster)
+        seconds[waited] += transfer_seconds(transfer, layout, cluster) + transfer.calls * assumptions.call_seconds
     memory = _memory_bytes(run, layout, kernels) / device.bandwidth
-    return Roofline(arithmetic, memory, seconds[False], seconds[True], overlap)
+    launches = _kernels(run, layout) * assumptions.kernel_seconds
+    return Roofline(arithmetic, memory, launches, seconds[False], seconds[True], assumptions.overlap)
+
+
+def _kernels(run: RunConfig, layout: Layout) -> int:
+    """Kernels that a step starts one after another, the few of embedding and loss left out."""
+    passes = FORWARD_KERNELS * (2 if layout.remat == "block" else 1) + BACKWARD_KERNELS
+    return run.model.num_hidden_layers * (layout.microbatches(run) * passes + UPDATE_KERNELS)
 
 
 def transfer_seconds(transfer: Transfer, layout: Layout, cluster: Cluster) -> float:
@@ -119,7 +130,7 @@ def _memory_bytes(run: RunConfig, layout: Layout, kernels: Kernels) -> float:
 def run_cost(run: RunConfig, layout: Layout, cluster: Cluster, memory: RankMemory, assumptions: Assumptions) -> Cost:
     """The whole run on a layout that fits."""
     device, steps = cluster.device, run.steps
-    bound = roofline(run, layout, cluster, assumptions.overlap)
+    bound = roofline(run, layout, cluster, assumptions)
     flops = run.train.batch_tokens * model_flops(run.model, run.data.sequence_length)
     step = max(bound.seconds, flops / (cluster.size * device.peak(layout.precision) * device.efficiency))
     interval = step * max(1, (run.train.save_every_tokens or run.horizon) // run.train.batch_tokens)

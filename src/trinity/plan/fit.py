@@ -17,6 +17,7 @@ from trinity.plan.cost import roofline
 from trinity.plan.hardware import Cluster, Device
 from trinity.plan.layout import Layout
 from trinity.plan.memory import RankMemory, rank_memory
+from trinity.plan.stages import stages
 
 LARGEST = 1 << 14  # devices up to which the smallest cluster is looked for
 
@@ -34,11 +35,20 @@ class Fit:
         return self.memory.peak + (self.memory.staging if device.is_cpu else 0)
 
 
-def best_fit(run: RunConfig, cluster: Cluster, assumptions: Assumptions, fixed: dict[str, object]) -> Fit:
-    """The layout with the lowest roofline. `fixed` holds what is not to be searched, by the names of Layout.
+def best_fit(
+    run: RunConfig,
+    cluster: Cluster,
+    assumptions: Assumptions,
+    fixed: dict[str, object],
+    whole: RunConfig | None = None,
+) -> Fit:
+    """The layout with the lowest roofline for a run of one stage. whole: the run that the stage belongs to.
 
+    `fixed` holds what is not to be searched, by the names of Layout. A fixed number of shards is that of weights: a
+    stage that needs context ranks divides them further (shard x context stays).
     A UsageError when nothing divides, or nothing fits: with the numbers and what to change.
     """
+    whole = whole or run
     room = cluster.device.memory * assumptions.usable_memory
     tried, least = 0, None
     for ranks in _contexts(run, cluster.size, fixed):
@@ -52,12 +62,12 @@ def best_fit(run: RunConfig, cluster: Cluster, assumptions: Assumptions, fixed: 
                 continue
             fits = (fit_of(run, layout, cluster.device, tried) for layout in arrangement)
             fit = next(fit for fit in fits if fit.bytes_on(cluster.device) <= room)
-            found.append((roofline(run, fit.layout, cluster, assumptions.overlap).seconds, tried, fit))
+            found.append((roofline(run, fit.layout, cluster, assumptions).seconds, tried, fit))
         if found:
             return min(found)[2]
     if least is None:
-        raise UsageError(*_nothing_divides(run, cluster, fixed))
-    raise UsageError(*_nothing_fits(run, cluster, least, room, assumptions))
+        raise UsageError(*_nothing_divides(run, whole, cluster, fixed))
+    raise UsageError(*_nothing_fits(run, whole, cluster, least, room, assumptions))
 
 
 def fit_of(run: RunConfig, layout: Layout, device: Device, tried: int = 1) -> Fit:
@@ -65,20 +75,29 @@ def fit_of(run: RunConfig, layout: Layout, device: Device, tried: int = 1) -> Fi
 
 
 def smallest_cluster(run: RunConfig, device: Device, assumptions: Assumptions, fixed: dict[str, object]) -> int | None:
-    """The least power of two of devices that holds the run; None when none up to LARGEST does.
+    """The least power of two of devices that holds every stage of the run; None when none up to LARGEST does.
 
     Unless `fixed` says otherwise, one replica over all devices is looked at: nothing needs less memory.
     """
     room, size = device.memory * assumptions.usable_memory, 1
-    whole = not fixed.keys() & {"replicate", "shard"}
+    waiting = [stage.run for stage in stages(run)]
+    if not fixed.keys() & {"replicate", "shard"}:
+        fixed = {**fixed, "replicate": 1}
     while size <= LARGEST:
         cluster = Cluster(device=device, size=size)
-        for ranks in _contexts(run, size, fixed):
-            for arrangement in _arrangements(run, cluster, ranks, {**fixed, **({"replicate": 1} if whole else {})}):
-                if fit_of(run, arrangement[-1], device).bytes_on(device) <= room:  # the last needs least
-                    return size
+        if all(_holds(stage, cluster, room, fixed) for stage in waiting):
+            return size
         size *= 2
     return None
+
+
+def _holds(run: RunConfig, cluster: Cluster, room: float, fixed: dict[str, object]) -> bool:
+    """Whether some layout of a stage fits. Of an arrangement the last layout needs least."""
+    return any(
+        fit_of(run, arrangement[-1], cluster.device).bytes_on(cluster.device) <= room
+        for ranks in _contexts(run, cluster.size, fixed)
+        for arrangement in _arrangements(run, cluster, ranks, fixed)
+    )
 
 
 def _contexts(run: RunConfig, size: int, fixed: dict[str, object]) -> list[int]:
@@ -93,11 +112,12 @@ def _contexts(run: RunConfig, size: int, fixed: dict[str, object]) -> list[int]:
 def _arrangements(run: RunConfig, cluster: Cluster, context: int, fixed: dict[str, object]) -> Iterator[list[Layout]]:
     """For each way to place weights and experts and each remat: its layouts, largest microbatch first."""
     rows = run.train.batch_tokens // run.data.sequence_length
-    kept = {name: value for name, value in fixed.items() if name != "context"}
+    kept = {name: value for name, value in fixed.items() if name not in ("context", "shard")}
+    cut = int(str(fixed["shard"])) * int(str(fixed.get("context", 1))) if "shard" in fixed else None
     precision = str(kept.pop("precision", "float32" if cluster.device.is_cpu else "bfloat16"))
     only = cluster.size // int(str(kept["replicate"])) if "replicate" in kept else None
     for fsdp in _divisors(cluster.size):
-        if fsdp % context or fsdp != (only or fsdp):
+        if fsdp % context or fsdp != (only or fsdp) or fsdp != (cut or fsdp):
             continue
         replicate, shard = cluster.size // fsdp, fsdp // context
         each, left = divmod(rows, replicate * shard)
@@ -128,33 +148,54 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // i for i in small)})
 
 
-def _nothing_divides(run: RunConfig, cluster: Cluster, fixed: dict[str, object]) -> tuple[str, str]:
+def _nothing_divides(run: RunConfig, whole: RunConfig, cluster: Cluster, fixed: dict[str, object]) -> tuple[str, str]:
     rows = run.train.batch_tokens // run.data.sequence_length
     held = "".join(f", {name} {value}" for name, value in sorted(fixed.items()))
+    near = [] if fixed else _near(whole, cluster)
+    other = f"Take {' or '.join(f'{size:,}' for size in near)} devices, or choose" if near else "Choose"
     return (
-        f"No layout divides {cluster.size} devices, {rows} rows a step, {run.model.num_experts} experts and "
-        f"{run.model.num_attention_heads} query heads{f' with{held[1:]}' if held else ''}.",
-        "Choose a number of devices that divides the rows of a step (train.batch_tokens over data.sequence_length), or "
-        "drop what --set fixes.",
+        f"No layout of {run.name} divides {cluster.size:,} devices, {rows:,} rows a step, {run.model.num_experts} "
+        f"experts and {run.model.num_attention_heads} query heads{f' with{held[1:]}' if held else ''}.",
+        f"{other} another number of rows (train.batch_tokens over data.sequence_length)"
+        + (", or drop what --set fixes." if fixed else "."),
     )
 
 
+def _near(run: RunConfig, cluster: Cluster) -> list[int]:
+    """The next numbers of devices below and above that divide every stage, up to half and twice as many."""
+    stretches = [stage.run for stage in stages(run)]
+
+    def divides(size: int) -> bool:
+        return all(
+            any(part.train.batch_tokens // part.data.sequence_length % (size // ranks) == 0
+                for ranks in _contexts(part, size, {}))
+            for part in stretches
+        )  # fmt: skip
+
+    below = (size for size in range(cluster.size - 1, cluster.size // 2, -1) if divides(size))
+    above = (size for size in range(cluster.size + 1, 2 * cluster.size + 1) if divides(size))
+    return [size for size in (next(below, None), next(above, None)) if size]
+
+
 def _nothing_fits(
-    run: RunConfig, cluster: Cluster, least: Fit, room: float, assumptions: Assumptions
+    run: RunConfig, whole: RunConfig, cluster: Cluster, least: Fit, room: float, assumptions: Assumptions
 ) -> tuple[str, str]:
     device, layout = cluster.device, least.layout
-    smallest = smallest_cluster(run, device, assumptions, {})
+    smallest = smallest_cluster(whole, device, assumptions, {})
     enough = (
-        f"The smallest that holds it is {smallest}x{device.name}"
+        f"The smallest cluster that holds all of {whole.name} is {smallest}x{device.name}"
         if smallest
-        else f"No number of {device.name} holds it"
+        else f"No number of {device.name} holds {run.name}"
     )
     parts = max(
         ("weights", "moments", "gradients", "activations", "layer", "loss"),
         key=lambda name: getattr(least.memory, name),
     )
+    extended = run.data.sequence_length > whole.data.sequence_length
+    without = " `--set extension.tokens=0` plans the run without its extension." if extended else ""
     return (
         f"{run.name} does not fit {cluster}: the leanest layout needs {show_bytes(least.bytes_on(device))} on each "
         f"device of {show_bytes(room)} usable, most of it {parts} ({layout}).",
-        f"{enough}; or take a device with more memory, fewer layers or experts, or shorter rows.",
+        f"{enough}. Take {'that or ' if smallest else ''}a device with more memory, fewer layers or experts, or "
+        f"shorter rows.{without}",
     )

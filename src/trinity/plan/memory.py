@@ -165,8 +165,8 @@ def recomputed_bytes(run: RunConfig, layout: Layout, kernels: Kernels) -> int:
 
 
 def _passing_bytes(run: RunConfig, layout: Layout, kernels: Kernels) -> int:
-    """What one block holds of itself in forward at the fullest moment, among its experts, beyond the final norm that comes
-    later: 0 unless remat=block."""
+    """What one block holds of itself in forward at the fullest moment, among its experts, beyond the final norm that
+    comes later: 0 unless remat=block."""
     model, size, width = run.model, layout.value_bytes, run.model.hidden_size
     if layout.remat == "none":
         return 0

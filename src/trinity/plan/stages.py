@@ -23,17 +23,23 @@ def stages(run: RunConfig) -> list[Stage]:
             groups[-1].append(phase)
         else:
             groups.append([phase])
-    return [Stage(", ".join(phase.name for phase in group), _as_run(run, group)) for group in groups]
+    names = [", ".join(phase.name for phase in group) for group in groups]
+    alone = len(groups) == 1
+    return [
+        Stage(name, _as_run(run, group, run.name if alone else f"{run.name}, {name}"))
+        for name, group in zip(names, groups, strict=True)
+    ]
 
 
 def _costs_as(phase: Phase) -> tuple[int, int, int]:
     return phase.batch_tokens, phase.sequence_length, phase.microbatch_rows
 
 
-def _as_run(run: RunConfig, group: list[Phase]) -> RunConfig:
+def _as_run(run: RunConfig, group: list[Phase], name: str) -> RunConfig:
     first = group[0]
     return replace(
         run,
+        name=name,
         phases=(),
         extension=ExtensionConfig(),
         data=replace(run.data, sequence_length=first.sequence_length),
