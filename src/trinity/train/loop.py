@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from trinity.base.durable import recover, refusing_disk, write_json
+from trinity.base.durable import make_folder, recover, refusing_disk, write_json
 from trinity.base.errors import ConfigError, DataError, TrainingHalted, UsageError
 from trinity.base.run import CONFIG
 from trinity.ckpt.folder import newest_good
@@ -240,7 +240,7 @@ def only_user_of(run: Path) -> Iterator[None]:
     One that was killed a moment ago may not be quite gone: that is worth a short wait.
     """
     with refusing_disk(run):
-        run.mkdir(parents=True, exist_ok=True)
+        make_folder(run)
         lock = (run / ".lock").open("a+")
     with lock:
         patience = time.monotonic() + _DYING_SECONDS
