@@ -31,7 +31,7 @@ from trinity.train import settings
 from trinity.train.duties import Duties, Progress, due
 from trinity.train.evidence import Incident
 from trinity.train.rollback import RollBack
-from trinity.train.room import refuse_what_cannot_fit
+from trinity.train.room import explaining_memory, refuse_what_cannot_fit
 from trinity.train.saver import Saver
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update, drop_update, learning_rates
@@ -65,6 +65,7 @@ def train(
         peers.first(lambda: stack.enter_context(only_user_of(run)))
         watch = stack.enter_context(peers.together(lambda: Watch(run, config.train, world, say)))
         stack.enter_context(noticing_lost_peers())
+        stack.enter_context(explaining_memory(config, world))
         state, changed = prepare(config, data, run, say, world, peers)
         watch.begins(config.phase_at(state.tokens), state.step, state.tokens)
         duties = peers.together(
