@@ -4,17 +4,22 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from worlds import free_port, in_processes
 
 from trinity.base import lineage
-from trinity.base.errors import ConfigError, DataError, StorageError, TrainingHalted, common_failure, told
+from trinity.base.errors import ConfigError, DataError, StorageError, TrainingHalted, TrinityError, common_failure, told
 from trinity.base.run import MetricsLog
 from trinity.cli.main import main
 from trinity.data import loader
 from trinity.parallel.lost import noticing_lost_peers
+from trinity.parallel.rendezvous import _invite, room_of_this_start
 
 SETTINGS = ["train.tokens=4096", "train.batch_tokens=1024", "train.save_every_tokens=2048", "optim.decay_tokens=1K",
             "optim.warmup_tokens=1K", "train.evaluate_bytes=0", "train.sample_tokens=0"]  # fmt: skip
@@ -134,6 +139,66 @@ def test_what_the_first_meets_later_is_no_defect_for_the_others(said):
 def test_the_loss_of_another_process_is_no_defect(text: str):
     with pytest.raises(TrainingHalted.__base__, match="Another process of this run ended"), noticing_lost_peers():
         raise RuntimeError(text)
+
+
+def exchange_with_nobody(out: Path) -> None:
+    """Rank 1 joins and then takes part in nothing until rank 0 has given up on it, twice."""
+    short = timedelta(seconds=1)
+    dist.init_process_group("gloo", timeout=short)
+    if os.environ["RANK"] == "1":
+        while not (out / "given up").exists():
+            time.sleep(0.05)
+        return
+    for number, work in enumerate((lambda: dist.all_reduce(torch.ones(3)), lambda: dist.new_group(timeout=short))):
+        try:
+            with noticing_lost_peers():
+                work()
+        except TrinityError as error:
+            (out / f"told-{number}").write_text(str(error))
+    (out / "given up").touch()
+
+
+def test_a_process_that_does_not_answer_is_no_defect(tmp_path: Path):
+    in_processes(2, exchange_with_nobody, tmp_path)
+    collective, group = ((tmp_path / f"told-{number}").read_text() for number in range(2))
+    assert "did not answer in time: " in collective and "Timed out waiting 1000ms for recv" in collective
+    assert "did not all meet: wait timeout after 1000ms" in group
+    assert "goes on from the last checkpoint" in collective and "MASTER_ADDR" in group
+
+
+@pytest.mark.parametrize(
+    ("rank", "taken", "told"),
+    [
+        ("0", False, "The processes of this run did not all meet: Timed out after .* 1/2 clients joined"),
+        ("1", False, "The processes of this run did not all meet: The client socket has timed out"),
+        ("0", True, "The port at which the processes of this run are to meet is taken: "),
+    ],
+)
+def test_a_meeting_that_fails_is_no_defect(monkeypatch, rank: str, taken: bool, told: str):
+    with socket.socket() as other:
+        port = free_port()
+        if taken:
+            other.bind(("", port))
+            other.listen()
+        for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(TrinityError, match=told) as caught:
+            room_of_this_start(timedelta(seconds=1))
+    assert "MASTER_PORT" in caught.value.remedy
+
+
+def test_a_process_that_found_the_store_but_never_asked_is_named():
+    with pytest.raises(TrinityError, match=r"did not all meet: processes \[1, 2\] did not come within 0:00:00"):
+        _invite(dist.HashStore(), 3, timedelta())
+
+
+def test_nccl_that_times_out_is_no_defect():
+    """As its watchdog says it (torch 2.13); there is no GPU here."""
+    with pytest.raises(TrinityError, match="did not answer in time"), noticing_lost_peers():
+        raise dist.DistBackendError(
+            "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE, "
+            "Timeout(ms)=1800000) ran for 1800033 milliseconds before timing out."
+        )
 
 
 def test_other_failures_are_what_they_are():

@@ -340,6 +340,28 @@ def test_what_is_ignored_is_neither_promised_nor_missed(tmp_path: Path):
     assert unsealed_differences(tmp_path) == ["model.sig is not in the manifest"]
 
 
+@pytest.mark.parametrize("make", ["folder", "file"])
+def test_the_name_of_every_folder_made_on_the_way_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: str
+):
+    """A file's fsync covers neither its own name nor those of the new folders it lies in, such as RUN/checkpoints."""
+    real, durable_names = os.fsync, set()
+
+    def fsync(handle: int) -> None:
+        real(handle)
+        folder = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        durable_names.update(folder.iterdir() if folder.is_dir() else ())
+
+    monkeypatch.setattr(durable.os, "fsync", fsync)
+    final = tmp_path / "run" / "checkpoints" / "step"
+    if make == "file":
+        write_durably(final, NEW)
+    else:
+        with folder_aside(final) as aside:
+            fill(aside, NEW)
+    assert {final, final.parent, final.parent.parent} <= durable_names
+
+
 def test_json_is_written_readably(tmp_path: Path):
     write_json(tmp_path / "deep" / "value.json", {"naïve": [1, 2.5, None]})
     text = (tmp_path / "deep" / "value.json").read_text()

@@ -1,5 +1,6 @@
 """An average of checkpoints is the plain mean of their weights, and a model like any other."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -29,9 +30,10 @@ def model_at(step: int, config=CONFIG) -> Transformer:
     return model
 
 
-def save(run: Path, step: int, model: Transformer) -> Path:
-    state = {"step": step, "tokens": step * 1024, "model_config": to_dict(model.config)}
-    return save_checkpoint(run, f"step-{step:08d}", stage(model.state_dict(), {}, state))
+def save(run: Path, step: int, model: Transformer, name: str = "", settings: str = "a", data: str = "b") -> Path:
+    state = {"step": step, "tokens": step * 1024, "model_config": to_dict(model.config),
+             "config_fingerprint": settings, "data_fingerprint": data}  # fmt: skip
+    return save_checkpoint(run, name or f"step-{step:08d}", stage(model.state_dict(), {}, state))
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +59,18 @@ def test_the_average_is_the_plain_mean(run: Path):
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == wanted[name].dtype
         torch.testing.assert_close(tensor, wanted[name], rtol=2e-7, atol=1e-9, msg=name)
-    assert list(made_of) == ["step-00000002", "step-00000003", "step-00000004"]
-    assert all(entry["weight"] == pytest.approx(1 / 3, abs=1e-6) for entry in made_of.values())
+    assert [entry["checkpoint"] for entry in made_of] == ["step-00000002", "step-00000003", "step-00000004"]
+    assert all(entry["weight"] == pytest.approx(1 / 3, abs=1e-6) for entry in made_of)
+    for folder, entry in zip(latest(run, 3), made_of, strict=True):
+        assert entry["manifest"] == hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     for bias in model.expert_biases():
         torch.testing.assert_close(bias, torch.linspace(-0.3, 0.3, len(bias)))
 
 
 def test_an_exponential_average_weighs_the_newest_most(run: Path):
     assert weights_of(3, 0.5) == [1 / 7, 2 / 7, 4 / 7] and sum(weights_of(9, 0.99)) == pytest.approx(1)
-    model, _ = average(latest(run, 2), decay=0.25)
+    model, made_of = average(latest(run, 2)[::-1], decay=0.25)  # named newest first: weighed by step all the same
+    assert [(entry["step"], entry["weight"]) for entry in made_of] == [(3, 0.2), (4, 0.8)]
     wanted = mean_of({3: 0.2, 4: 0.8})
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, wanted[name], rtol=2e-7, atol=1e-9, msg=name)
@@ -77,7 +82,7 @@ def test_the_command_writes_a_model_that_opens(run: Path, tmp_path: Path, capsys
     for name, tensor in opened.model.state_dict().items():
         torch.testing.assert_close(tensor, wanted[name], rtol=2e-7, atol=1e-9, msg=name)
     parents = read_lineage(tmp_path / "mean")["parents"]
-    assert set(parents["checkpoints"]) == {"step-00000003", "step-00000004"}
+    assert [entry["checkpoint"] for entry in parents["checkpoints"]] == ["step-00000003", "step-00000004"]
     folders = [str(run / "checkpoints" / f"step-0000000{step}") for step in (3, 4)]
     assert main(["average", *folders, "--out", str(tmp_path / "again")]) == 0
     one, other = (tmp_path / name / "model.safetensors" for name in ("mean", "again"))
@@ -98,6 +103,13 @@ def test_what_cannot_be_averaged_is_refused(run: Path, tmp_path: Path, capsys):
     save(tmp_path / "run", 5, model_at(5, wider))
     with pytest.raises(CheckpointError, match="another architecture than .*moe_intermediate_size"):
         average(latest(tmp_path / "run", 2))
+    for unlike in ({"settings": "x"}, {"data": "x"}):
+        stranger = save(tmp_path / "other", 9, model_at(9), **unlike)
+        with pytest.raises(CheckpointError, match=f"of another run than .*{next(iter(unlike))} x instead of"):
+            average([first, stranger])
+    for twice in (first, save(tmp_path / "run", 3, model_at(3), name="base"), first / ".." / first.name):
+        with pytest.raises(UsageError, match="are both of step 3, which would count twice"):
+            average([first, second, twice])
     broken = model_at(6)
     with torch.no_grad():
         broken.norm.weight[0] = torch.nan

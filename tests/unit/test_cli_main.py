@@ -73,7 +73,23 @@ def test_an_unforeseen_failure_is_one_line_and_a_traceback_when_asked_for(monkey
     [
         (TrinityError("It broke.", "Mend it."), 1, "trinity plan: It broke. Mend it.\n"),
         (PermissionError(13, "Permission denied", "/some/file"), 1, "trinity plan: /some/file: Permission denied. "),
-        (TimeoutError("too slow"), 1, "trinity plan: too slow. "),
+        (TimeoutError("too slow"), 1, "trinity plan: too slow. Check that the other side runs "),
+        (
+            ConnectionRefusedError(111, "Connection refused"),
+            1,
+            "trinity plan: Connection refused. Check that the other",
+        ),
+        (MemoryError(), 1, "trinity plan: Memory ran out. Ask for less"),
+        (MemoryError("Unable to allocate 7.11 PiB for an array"), 1, "trinity plan: Memory ran out: 7.11 PiB could"),
+        (OSError(12, "Cannot allocate memory"), 1, "trinity plan: Memory ran out. Ask for less"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+                "tried to allocate 4000000 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            1,
+            "trinity plan: Memory ran out: 4000000 bytes could not be allocated. Ask for less",
+        ),
         (KeyboardInterrupt(), 130, "\ntrinity plan: interrupted. "),
     ],
 )

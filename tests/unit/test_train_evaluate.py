@@ -1,6 +1,7 @@
 """Bits per byte: every token counted once with enough past, the plain computation's value; budgets; the display."""
 
 import math
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -111,6 +112,17 @@ def test_away_from_a_terminal_the_display_is_sparse_plain_lines(capsys):
     assert len(lines) == 3, "the first and the last step; those between came too soon after"
     assert lines[1].startswith(" 25.0%  loss 2.500  bits/byte -  MaxVio 0.25  dead 1  1.23K tok/s  left -")
     assert lines[2].startswith("100.0%") and "bits/byte 2.000" in lines[2] and lines[2].endswith("left 0.0s")
+
+
+def test_a_screen_that_is_a_file_on_a_full_disk_ends_nothing(monkeypatch):
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr("sys.stderr", full)
+        with TrainingDisplay(4096) as display:
+            display.say("a sentence")
+            display.show(FIGURES._replace(tokens=4096))
+        monkeypatch.undo()
+        with suppress(OSError):  # what it holds is refused once more
+            full.close()
 
 
 def test_on_a_terminal_the_display_is_one_live_line(capsys):

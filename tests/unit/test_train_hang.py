@@ -164,6 +164,23 @@ def test_a_disk_that_refuses_a_heartbeat_is_said_once(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_on_a_full_disk_the_heartbeat_is_written_over_and_tells_how_the_run_ended(tmp_path, monkeypatch):
+    clock, said = Clock(), []
+    beat = Heartbeat(tmp_path, 1, said.append, clock)
+    beat.beat(step=123456, doing=STEPPING, loss=3.25)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for reason in ("The disk is full: writing the third checkpoint in a row failed.", "x"):
+        beat.beat(doing="", state="failed", reason=reason)
+        found = json.loads((tmp_path / "heartbeat.json").read_text())
+        assert (found["state"], found["reason"], found["step"]) == ("failed", reason, 123456)
+        clock.now += 2
+    assert not said and [path.name for path in tmp_path.iterdir()] == ["heartbeat.json"]
+
+
 def config(*settings):
     return override(recipe("debug"), ["train.tokens=6K", "train.evaluate_bytes=0", "optim.warmup_tokens=1K",
                                       "optim.decay_tokens=1K", *settings])  # fmt: skip

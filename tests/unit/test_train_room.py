@@ -1,14 +1,20 @@
 """Too little memory is said before anything is allocated, with the numbers and what to change."""
 
+import json
+
 import pytest
 import torch
 
-from trinity.base.errors import ConfigError
+from trinity.base.errors import ConfigError, TrinityError
+from trinity.cli.main import main
 from trinity.config.load import override
 from trinity.parallel.mesh import World
 from trinity.recipes.table import recipe
-from trinity.train.room import _left_by_container, available_bytes, needed_by, refuse_what_cannot_fit
+from trinity.train import loop
+from trinity.train.room import _left_by_container, available_bytes, explaining_memory, needed_by, refuse_what_cannot_fit
 from trinity.train.state import TrainState
+
+ALONE = World.alone()
 
 
 def test_a_state_that_cannot_fit_is_refused():
@@ -33,12 +39,38 @@ def test_a_run_that_fits_is_let_pass():
 
 
 def test_nothing_is_allocated_before_a_refusal(monkeypatch, debug_data, tmp_path):
-    from trinity.train import loop, room
+    from trinity.train import room
 
     monkeypatch.setattr(room, "available_bytes", lambda device: 1000)
     monkeypatch.setattr(TrainState, "fresh", lambda *_: pytest.fail("the model was built"))
     with pytest.raises(ConfigError, match="1000 B are free"):
         loop.train(recipe("debug"), debug_data, tmp_path / "run", lambda _: None, lambda _: None)
+
+
+def test_memory_that_runs_out_in_a_step_is_told_with_figures(monkeypatch, debug_data, tmp_path, capsys):
+    """A real refusal of torch's allocator; the heartbeat says the same sentence."""
+    monkeypatch.setattr(loop, "accumulate", lambda *_: torch.empty(10**15))
+    run = tmp_path / "run"
+    assert (
+        main(["train", "debug", "--data", str(debug_data), "--out", str(run), "--set", "train.evaluate_bytes=0"]) == 1
+    )
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trinity train")]
+    assert "Memory ran out: 4000000000000000 bytes could not be allocated on cpu of process 0." in told
+    assert "are free now" in told and "weights " in told and "train.microbatch_rows" in told and "defect" not in told
+    beat = json.loads((run / "heartbeat.json").read_text())
+    assert beat["state"] == "failed" and beat["reason"] in told
+
+
+def test_memory_of_a_gpu_that_runs_out_is_told_and_other_errors_pass():
+    with (
+        pytest.raises(TrinityError, match=r"20\.00 MiB could not be allocated"),
+        explaining_memory(recipe("debug"), ALONE),
+    ):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79 GiB"
+        )
+    with pytest.raises(RuntimeError, match="mat1"), explaining_memory(recipe("debug"), ALONE):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch):

@@ -3,13 +3,15 @@
 import errno
 import math
 import os
+import resource
+import threading
 
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from trinity.base.errors import CheckpointError, StorageError, TrainingHalted
-from trinity.base.run import read_lines
+from trinity.base.run import WAITING, read_lines
 from trinity.ckpt.folder import newest_good, read_checkpoint, save_checkpoint, shapes_of
 from trinity.ckpt.shards import Piece
 from trinity.config.load import override, to_dict
@@ -94,6 +96,41 @@ def test_a_disk_that_stays_full_ends_the_run_at_the_third_save(debug_data, tmp_p
     assert len(incidents(list(read_lines(folder / "metrics.jsonl")), "storage")) == 2
     state, said, _ = run(debug_data, folder, every)
     assert state.step == 12 and any("resuming" in sentence and "step 2" in sentence for sentence in said)
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_a_disk_that_is_full_between_saves_costs_no_line(debug_data, tmp_path, monkeypatch, action):
+    """From step 5 to 7 the system lets no file grow beyond the size of the log; to be rolled back, step 7 is NaN."""
+    folder, original, calls = tmp_path / "run", loop.accumulate, []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*arguments):
+        calls.append(len(calls) + 1)
+        if calls[-1] == 5:
+            saves = [thread for thread in threading.enumerate() if thread.name.startswith("save ")]
+            for save in saves:
+                save.join()
+            size = (folder / "metrics.jsonl").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, before[1]))
+        if calls[-1] == 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        measured = original(*arguments)
+        return measured._replace(loss=math.nan) if action == "rollback" and calls[-1] == 7 else measured
+
+    monkeypatch.setattr(loop, "accumulate", limited)
+    told: list[str] = []
+    try:
+        state, _, lines = run(debug_data, folder, "train.save_every_tokens=4096", f"train.nonfinite_action={action}",
+                              told=told)  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert state.step == 12 and [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 13))
+    assert incidents(lines, "storage") == [
+        (5, f"keep the newest {WAITING:,} lines in memory until the disk takes them")
+    ]
+    assert sum("metrics.jsonl" in sentence for sentence in told) == 1
+    assert (folder / "metrics.jsonl").read_bytes().count(b"\n") == len(lines)
+    assert incidents(lines, "non-finite") == ([(7, "rollback")] if action == "rollback" else [])
 
 
 def test_successes_between_failures_begin_a_new_count(debug_data, tmp_path, monkeypatch):

@@ -79,6 +79,14 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and what it lies in, unless they are there; the name of each one made is durable."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
 def sync_file(path: Path) -> None:
     """Make the content of a file durable."""
     with path.open("rb") as file:
@@ -97,7 +105,7 @@ def sync_tree(folder: Path) -> None:
 def write_durably(path: Path, content: str | bytes) -> None:
     """Replace a file as a whole: after a kill at any moment the path holds the old content or the new, never a part."""
     with refusing_disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
         try:
             with aside.open("wb") as file:
@@ -144,7 +152,8 @@ def begin_aside(final: Path) -> Path:
     """A new empty folder beside `final`, for this process or several to fill. What a kill left there before goes."""
     recover(final.parent, final.name)
     aside = final.with_name(f".{final.name}.writing-{os.getpid()}-{secrets.token_hex(4)}")
-    aside.mkdir(parents=True)
+    make_folder(final.parent)
+    aside.mkdir()
     return aside
 
 

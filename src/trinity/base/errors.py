@@ -16,6 +16,8 @@ Of several processes that train together one may meet what the others do not: it
 and the same error (`common_failure`), which the first one prints.
 """
 
+import errno
+import re
 import socket
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -100,6 +102,20 @@ def common_failure(each: Sequence[Told | None]) -> TrinityError | None:
         error = type(error)(f"On {process}: {error.what}", error.remedy)
     error.alike = True
     return error
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What could not be had, where an error says that memory ran out: of Python, numpy, torch or the system. Else None.
+
+    By its words, since this floor has no torch, and torch no class of its own for the memory of the CPU.
+    """
+    text = str(error)
+    signs = ("out of memory", "can't allocate memory", "alloc_failed")
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or any(sign in text.lower() for sign in signs):
+        asked = re.search(r"allocate ([\d.]+ [A-Za-z]+)", text)
+        return f"Memory ran out: {asked[1]} could not be allocated" if asked else "Memory ran out"
+    return None
 
 
 def nearest(name: str, known: list[str]) -> str:

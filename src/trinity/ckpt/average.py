@@ -12,14 +12,15 @@ SMEBU keeps the mean of the biases at zero, which averaging keeps too. How evenl
 measured, not promised: `trinity audit --suite routing`.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trinity.base.durable import MANIFEST, sha256_file
 from trinity.base.errors import CheckpointError, UsageError
-from trinity.base.lineage import fingerprint
 from trinity.ckpt.folder import MODEL, check_checkpoint, read_state, step_folders
 from trinity.ckpt.shards import StoredPart
 from trinity.config.load import differences, from_dict
@@ -45,33 +46,66 @@ def weights_of(count: int, decay: float | None) -> list[float]:
     return [weight / sum(raw) for weight in raw]
 
 
-def average(folders: list[Path], decay: float | None = None) -> tuple[Transformer, dict[str, Any]]:
+def average(folders: list[Path], decay: float | None = None) -> tuple[Transformer, list[dict[str, Any]]]:
     """(a model whose every tensor is the weighted mean of those checkpoints, what it was made from, for its lineage).
 
-    Raises CheckpointError when a checkpoint is damaged, of another architecture, or holds a value that is not finite.
+    They are taken in the order of their steps, in whatever order they are named. Raises CheckpointError when one is
+    damaged, of another architecture or another run, or holds a value that is not finite; UsageError when one is there
+    twice.
     """
     if len(folders) < 2:
         raise UsageError("An average needs at least two checkpoints.", "Name more of them, or a larger --last.")
     for folder in folders:
         check_checkpoint(folder)
-    states = [read_state(folder) for folder in folders]
-    for folder, state in zip(folders, states, strict=True):
-        other = differences(states[0]["model_config"], state["model_config"])
-        if other:
-            raise CheckpointError(
-                f"{folder} holds a model of another architecture than {folders[0]}: {'; '.join(other[:3])}.",
-                "Average checkpoints of one run.",
-            )
+    ordered = sorted(((read_state(folder), folder) for folder in folders), key=lambda found: found[0]["step"])
+    _refuse_strangers(ordered)
     weights = weights_of(len(folders), decay)
-    model = build_on_meta(from_dict(ModelConfig, states[0]["model_config"]))
-    parts = [StoredPart(folder / MODEL) for folder in folders]
+    model = build_on_meta(from_dict(ModelConfig, ordered[0][0]["model_config"]))
+    parts = [StoredPart(folder / MODEL) for _, folder in ordered]
     mean = {name: _mean(name, meta, parts, weights) for name, meta in model.state_dict().items()}
     model.load_state_dict(mean, assign=True)
-    made_of = {
-        folder.name: {"weight": round(weight, 6), "tokens": state["tokens"], "manifest": _manifest_of(folder)}
-        for folder, weight, state in zip(folders, weights, states, strict=True)
-    }
+    made_of = [
+        {
+            "checkpoint": folder.resolve().name,
+            "step": state["step"],
+            "tokens": state["tokens"],
+            "weight": round(weight, 6),
+            "manifest": sha256_file(folder / MANIFEST),
+        }
+        for (state, folder), weight in zip(ordered, weights, strict=True)
+    ]
     return model.eval().requires_grad_(False), made_of
+
+
+def _refuse_strangers(ordered: list[tuple[dict[str, Any], Path]]) -> None:
+    """Demand checkpoints of different steps of one run: equal in every setting that a resume locks, and in the data.
+
+    A run may have gone on under another layout, guard or cadence of saving, and through phases of other text; its
+    checkpoints may lie apart, as copies do. Two starts of equal settings on equal data are one run, up to rounding.
+    """
+    first, home = ordered[0]
+    for state, folder in ordered[1:]:
+        if other := differences(first["model_config"], state["model_config"]):
+            raise CheckpointError(
+                f"{folder} holds a model of another architecture than {home}: {'; '.join(other[:3])}.",
+                "Average checkpoints of one run.",
+            )
+        unlike = [
+            f"{what} {state[key]} instead of {first[key]}"
+            for what, key in (("settings", "config_fingerprint"), ("data", "data_fingerprint"))
+            if state[key] != first[key]
+        ]
+        if unlike:
+            raise CheckpointError(
+                f"{folder} is of another run than {home}: {' and '.join(unlike)}.",
+                "Average checkpoints of one run; the config.json of the runs say what differs, such as train.seed.",
+            )
+    for (state, folder), (after, again) in pairwise(ordered):
+        if state["step"] == after["step"]:
+            raise UsageError(
+                f"{folder} and {again} are both of step {state['step']:,}, which would count twice.",
+                "Name each step once: a checkpoint with a name is often also that of its step.",
+            )
 
 
 def _mean(name: str, meta: Tensor, parts: list[StoredPart], weights: list[float]) -> Tensor:
@@ -83,7 +117,3 @@ def _mean(name: str, meta: Tensor, parts: list[StoredPart], weights: list[float]
     if not total.isfinite().all():
         raise CheckpointError(f"{name} of one of the checkpoints holds a value that is not finite.", "Leave it out.")
     return total.to(meta.dtype)
-
-
-def _manifest_of(folder: Path) -> str:
-    return fingerprint((folder / "manifest.json").read_text())

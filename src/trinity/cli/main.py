@@ -11,7 +11,7 @@ import socket
 import sys
 from typing import NoReturn
 
-from trinity.base.errors import TrinityError, nearest
+from trinity.base.errors import TrinityError, nearest, out_of_memory
 
 COMMANDS = {
     "demo": ("trinity.cli.demo", "the whole story on this machine, from raw text to a served model"),
@@ -106,19 +106,10 @@ def run_command(name: str, arguments: list[str]) -> int:
         return 130
     except BrokenPipeError:
         raise
-    except OSError as error:
-        if os.environ.get("TRINITY_TRACEBACK"):
-            raise
-        print(f"trinity {name}{_process()}: {told(error)}", file=sys.stderr)
-        return 1
     except Exception as error:
         if os.environ.get("TRINITY_TRACEBACK"):
             raise
-        print(
-            f"trinity {name}{_process()}: unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
-            "This is a defect of trinity; TRINITY_TRACEBACK=1 shows where.",
-            file=sys.stderr,
-        )
+        print(f"trinity {name}{_process()}: {told(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -129,10 +120,19 @@ def _process() -> str:
     return "" if rank == "0" else f" (process {rank} on {socket.gethostname()})"
 
 
-def told(error: OSError) -> str:
-    """What the system refused, and a remedy: such a refusal is no defect of trinity."""
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}. Check that path, its permissions and the free space on its disk."
+def told(error: Exception) -> str:
+    """What went wrong, and a remedy. What the system refused, memory among it, is no defect of trinity; the rest is."""
+    memory = out_of_memory(error)
+    if memory is not None:
+        return f"{memory}. Ask for less at once, take a smaller model, or free memory on this machine."
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = "Check that path, its permissions and the free space on its disk."
+        if isinstance(error, TimeoutError | ConnectionError) and not where:
+            remedy = "Check that the other side runs and can be reached, and try again."
+        return f"{where}{error.strerror or error}. {remedy}"
+    what = " ".join(str(error).split())[:300]
+    return f"unexpected {type(error).__name__}: {what}. This is a defect of trinity; TRINITY_TRACEBACK=1 shows where."
 
 
 if __name__ == "__main__":

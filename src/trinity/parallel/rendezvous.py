@@ -20,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from trinity.base.errors import TrinityError, common_failure, told
 from trinity.parallel.agree import refuse_unlike
+from trinity.parallel.lost import absent, noticing_lost_peers
 
 T = TypeVar("T")
 
@@ -33,10 +34,11 @@ class Room(NamedTuple):
     size: int
 
 
+@noticing_lost_peers()
 def room_of_this_start(timeout: timedelta) -> Room:
     """Where the processes of this start meet, from the launcher's environment.
 
-    Raises TimeoutError when not all processes have come after `timeout`.
+    Raises TrinityError when not all processes have come after `timeout`.
     """
     store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
     room = _invite(store, size, timeout) if rank == 0 else _ask(store, rank)
@@ -63,7 +65,7 @@ def _invite(store: Store, size: int, timeout: timedelta) -> str:
             if store.check([f"{room} has/{rank}"]):
                 away.discard(rank)
         if time.monotonic() > end:
-            raise TimeoutError(f"processes {sorted(away)} did not come within {timeout}")
+            raise absent(f"processes {sorted(away)} did not come within {timeout}")
         time.sleep(_PAUSE if away else 0)
     return room
 

@@ -5,6 +5,8 @@ On a terminal one live line; otherwise (a log file, a pipe) one plain line every
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -14,6 +16,17 @@ from trinity.base.units import show_count, show_seconds
 from trinity.train.duties import Progress as StepProgress
 
 _PLAIN_SECONDS = 10.0
+
+
+@contextmanager
+def _unless_refused() -> Iterator[None]:
+    """The screen may be a file on a full disk: what that does not take ends no run. A reader that goes away does."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 class TrainingDisplay:
@@ -49,7 +62,8 @@ class TrainingDisplay:
 
     def say(self, sentence: str) -> None:
         if self.shown:
-            self.console.print(sentence, markup=False, soft_wrap=True)
+            with _unless_refused():
+                self.console.print(sentence, markup=False, soft_wrap=True)
 
     def show(self, progress: StepProgress) -> None:
         if not self.shown:
@@ -65,7 +79,8 @@ class TrainingDisplay:
         elif now - self.last_plain >= _PLAIN_SECONDS or progress.tokens >= self.total:
             self.last_plain = now
             share = 100 * progress.tokens / self.total
-            print(f"{share:5.1f}%  {figures}", file=sys.stderr, flush=True)
+            with _unless_refused():
+                print(f"{share:5.1f}%  {figures}", file=sys.stderr, flush=True)
 
     def _figures(self, progress: StepProgress, left: float | None) -> str:
         bits = "-" if progress.bits_per_byte is None else f"{progress.bits_per_byte:.3f}"

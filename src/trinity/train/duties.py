@@ -1,6 +1,5 @@
 """What a run does besides stepping: log, evaluate, sample, save. Each duty is due every so many tokens."""
 
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from itertools import accumulate
@@ -10,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from trinity.balance.health import Health, measure
-from trinity.base.durable import write_durably
 from trinity.base.lineage import code_version
-from trinity.base.run import MetricsLog, Unwritten, read_lines
+from trinity.base.run import MetricsLog, Unwritten
 from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
 from trinity.data.heldout import heldout_documents
@@ -63,7 +61,7 @@ class Duties:
     ) -> None:
         self.run, self.config, self.say = run, config, say
         self.world, self.saver, self.watch = world, saver, watch
-        self.metrics = MetricsLog(run, resume_step) if world.is_first else Unwritten()
+        self.metrics = MetricsLog(run, resume_step, self._log_refused) if world.is_first else Unwritten()
         self.board = Board(run / "tensorboard" if world.is_first else None, resume_step, say)
         self.heldout = within(heldout_documents(data), config.train.evaluate_bytes, tokenizer)
         self.bits_per_byte: float | None = None
@@ -119,15 +117,12 @@ class Duties:
         if kind != "hang" and action != "stop":  # a hang was told while it lasted, a stop is told as the run's end
             self.watch.alarm(kind, what, action)
 
+    def _log_refused(self, step: int, what: str, action: str) -> None:
+        self.incident(step, Incident("storage", what, action, {}))
+
     def rolled_back(self, step: int) -> None:
         """Drop what was logged of the steps after `step`, which are run again; the guard's lines stay."""
-        if isinstance(self.metrics, Unwritten):
-            return
-        self.metrics.close()
-        lines = list(read_lines(self.metrics.path))
-        kept = [line for line in lines if line["step"] <= step or line["kind"] == "guard"]
-        write_durably(self.metrics.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.metrics = MetricsLog(self.run, max(line["step"] for line in lines))
+        self.metrics.take_back(step)
         self.board.purge(step)
 
     def resumed(self, state: TrainState) -> None:

@@ -1,6 +1,7 @@
 """heartbeat.json: what a run is doing right now, for monitors outside. A disk that refuses it stops nothing.
 
 Replaced as a whole, so a reader never sees half of it, but not synced: after a power cut the metrics tell the story.
+On a full disk it is written over in place instead, so that it goes on to tell, and how the run ended above all.
 Its "seconds" grow old when the run hangs or was killed, which is what a monitor should look at.
 """
 
@@ -40,17 +41,27 @@ class Heartbeat:
         self._written = now
         written = {**self._fixed, **self._values, "seconds": now, "time": _iso(now)}
         aside = self.path.with_name(f".{self.path.name}.writing-{os.getpid()}")
+        text = json.dumps(written) + "\n"
         try:
-            aside.write_text(json.dumps(written) + "\n")
+            aside.write_text(text)
             os.replace(aside, self.path)
         except OSError as error:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
-            if not self._refused:
+            if not self._overwritten(text.encode()) and not self._refused:
                 self._refused = True
                 self._say(
                     f"The heartbeat {self.path} cannot be written ({error.strerror}); the run goes on without it."
                 )
+
+    def _overwritten(self, text: bytes) -> bool:
+        """Whether the file could be written over where it lies, in one call: its own space is there on a full disk."""
+        try:
+            with self.path.open("r+b", buffering=0) as file:
+                text = text.ljust(os.fstat(file.fileno()).st_size)
+                return file.write(text) == len(text)
+        except OSError:
+            return False
 
 
 def _iso(seconds: float) -> str:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from trinity.base.durable import recover, refusing_disk, write_json
+from trinity.base.durable import make_folder, recover, refusing_disk, write_json
 from trinity.base.errors import ConfigError, DataError, TrainingHalted, UsageError
 from trinity.base.run import CONFIG
 from trinity.ckpt.folder import newest_good
@@ -31,7 +31,7 @@ from trinity.train import settings
 from trinity.train.duties import Duties, Progress, due
 from trinity.train.evidence import Incident
 from trinity.train.rollback import RollBack
-from trinity.train.room import refuse_what_cannot_fit
+from trinity.train.room import explaining_memory, refuse_what_cannot_fit
 from trinity.train.saver import Saver
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update, drop_update, learning_rates
@@ -65,6 +65,7 @@ def train(
         peers.first(lambda: stack.enter_context(only_user_of(run)))
         watch = stack.enter_context(peers.together(lambda: Watch(run, config.train, world, say)))
         stack.enter_context(noticing_lost_peers())
+        stack.enter_context(explaining_memory(config, world))
         state, changed = prepare(config, data, run, say, world, peers)
         watch.begins(config.phase_at(state.tokens), state.step, state.tokens)
         duties = peers.together(
@@ -240,7 +241,7 @@ def only_user_of(run: Path) -> Iterator[None]:
     One that was killed a moment ago may not be quite gone: that is worth a short wait.
     """
     with refusing_disk(run):
-        run.mkdir(parents=True, exist_ok=True)
+        make_folder(run)
         lock = (run / ".lock").open("a+")
     with lock:
         patience = time.monotonic() + _DYING_SECONDS

@@ -5,12 +5,13 @@ planner's estimate (plan/memory.py), which leans to the high side: what may not 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from trinity.base.errors import ConfigError
+from trinity.base.errors import ConfigError, TrinityError, out_of_memory
 from trinity.base.units import show_bytes
 from trinity.config.run import RunConfig
 from trinity.parallel.mesh import World
@@ -37,9 +38,7 @@ def refuse_what_cannot_fit(
     if free is None:
         return
     needed = needed_by(config, world)
-    parts = {"weights": needed.weights, "moments": needed.moments, "gradients": needed.gradients}
-    state = sum(parts.values())
-    shown = ", ".join(f"{name} {show_bytes(size)}" for name, size in parts.items())
+    state, shown = needed.weights + needed.moments + needed.gradients, _shown(needed)
     if state > free:
         raise ConfigError(
             f"This run needs {show_bytes(state)} on each process for its state alone ({shown}), and about "
@@ -51,6 +50,29 @@ def refuse_what_cannot_fit(
             f"A step may need about {show_bytes(needed.peak)} on each process ({shown}, activations "
             f"{show_bytes(needed.activations)}); {show_bytes(free)} are free on {world.device}. {_REMEDY}"
         )
+
+
+@contextmanager
+def explaining_memory(config: RunConfig, world: World) -> Iterator[None]:
+    """Turn memory that runs out all the same, other programs having taken it, say, into a TrinityError with figures."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        what = out_of_memory(error)
+        if what is None:
+            raise
+        needed, free = needed_by(config, world), available_bytes(world.device)
+        raise TrinityError(
+            f"{what} on {world.device} of process {world.rank}. A step may need about {show_bytes(needed.peak)} "
+            f"({_shown(needed)}, activations {show_bytes(needed.activations)})"
+            + (f"; {show_bytes(free)} are free now." if free is not None else "."),
+            f"{_REMEDY} The same command goes on from the last checkpoint.",
+        ) from error
+
+
+def _shown(needed: RankMemory) -> str:
+    parts = {"weights": needed.weights, "moments": needed.moments, "gradients": needed.gradients}
+    return ", ".join(f"{name} {show_bytes(size)}" for name, size in parts.items())
 
 
 def needed_by(config: RunConfig, world: World) -> RankMemory:
