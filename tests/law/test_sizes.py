@@ -13,7 +13,7 @@ CEILINGS = {
     "align": 250,
     "audit": 1000,
     "balance": 280,
-    "base": 700,
+    "base": 720,
     "ckpt": 1300,
     "cli": 2600,
     "config": 900,

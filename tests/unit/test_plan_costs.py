@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trinity.base.errors import UsageError
+from trinity.cli import plan as plan_command
 from trinity.cli.main import main
 from trinity.cli.plan_figures import figures
 from trinity.config.load import override
@@ -186,6 +188,8 @@ def test_the_answer_comes_first(capsys: pytest.CaptureFixture[str]):
         (["large", "--cluster", "1000xB300"], "divides 1,000 devices, 12,288 rows a step, 256 experts"),
         (["large", "--cluster", "1000xB300"], "Take 512 or 1,024 devices"),
         (["large", "--cluster", "64xB300", "--set", "parallel.expert=3"], "with expert 3"),
+        (["large", "--compare", "lab256,all,foo"], "There is no 'foo' to compare with"),
+        (["large", "--plot", "plan.jpg"], "Give it a name that ends in .png."),
         (["large", "--efficiency", "2"], "device.efficiency is 2.0"),
         (["large", "--price", "cheap"], "'price' must be float"),
         (["large", "--assume", "priice=3"], "Did you mean 'price'?"),
@@ -273,3 +277,23 @@ def test_fixed_shards_leave_room_for_context_ranks():
 def test_nothing_fits_says_so():
     with pytest.raises(UsageError, match="No number of RTX4090 holds large"):
         best_fit(recipe("large"), parse_cluster("16xRTX4090"), USUAL, {})
+
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "planning.md"
+
+
+def test_the_guide_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]):
+    shown = GUIDE.read_text().split("```\n")[2]
+    assert main(["plan", "large", "--cluster", "2048xB300", "--tokens", "17T"]) == 0
+    assert capsys.readouterr().out.startswith(shown) and shown.count("\n") > 9
+
+
+def test_the_commands_of_the_guide_and_of_the_help_work(capsys: pytest.CaptureFixture[str], tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = f"{GUIDE.read_text()}\n{plan_command.__doc__}"
+    lines = {line.strip().removeprefix("$ ") for line in told.splitlines()}
+    commands = sorted(line for line in lines if line.startswith("trinity plan") and "--dry-run" not in line)
+    assert len(commands) >= 6
+    for command in commands:
+        assert main(command.split()[1:]) == 0, command
+        assert capsys.readouterr().out

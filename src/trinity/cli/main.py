@@ -17,7 +17,7 @@ COMMANDS = {
     "demo": ("trinity.cli.demo", "the whole story on this machine, from raw text to a served model"),
     "data": ("trinity.cli.data", "ingest, curate, rewrite, tokenize, mix and inspect text"),
     "tokenizer": ("trinity.cli.tokenizer", "train a byte-level BPE tokenizer"),
-    "plan": ("trinity.cli.plan", "parameters and memory of a recipe, from its configuration alone"),
+    "plan": ("trinity.cli.plan", "what a run would cost: days, money, memory and layout; no GPU"),
     "train": ("trinity.cli.train", "pretrain a model; the same command again resumes"),
     "align": ("trinity.cli.align", "fine-tune a model on conversations"),
     "generate": ("trinity.cli.generate", "complete a prompt"),

@@ -28,8 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         "an assumption, such as memory=192e9 or power_usage=1.1")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change a setting of the recipe; "
                         "parallel.* and train.microbatch_rows are searched unless set here")  # fmt: skip
-    parser.add_argument("--compare", metavar="A,B", help="models to set beside it: all, or of gpt-oss-120b, AFM-4.5B, "
-                        "GLM-4.5, Qwen3-235B, DeepSeek-V3")  # fmt: skip
+    parser.add_argument("--compare", metavar="A,B", help="models to set beside it: recipes, gpt-oss-120b, AFM-4.5B, "
+                        "GLM-4.5, Qwen3-235B, DeepSeek-V3, or all of these five")  # fmt: skip
     parser.add_argument("--plot", metavar="FILE.png", help="also draw the plan")
     parser.add_argument("--page", metavar="FILE.html", help="also write the plan as one self-contained page")
     parser.add_argument("--dry-run", action="store_true", help="also walk the real step of the whole layout, without "
@@ -43,16 +43,22 @@ def plan(options: argparse.Namespace) -> None:
     import json
     from pathlib import Path
 
+    from trinity.base.errors import UsageError
     from trinity.cli.plan_text import as_text
 
+    for path, kind in ((options.plot, ".png"), (options.page, ".html")):
+        if path and Path(path).suffix.lower() != kind:
+            raise UsageError(f"'{path}' would hold a {kind[1:].upper()} file.", f"Give it a name that ends in {kind}.")
     found = planned(options)
     if options.plot or options.page:
+        import sys
+
         from trinity.cli.plan_page import save_plan_page, save_plan_picture
 
-        if options.plot:
-            save_plan_picture(found, Path(options.plot))
-        if options.page:
-            save_plan_page(found, Path(options.page))
+        for path, save in ((options.plot, save_plan_picture), (options.page, save_plan_page)):
+            if path:
+                save(found, Path(path))
+                print(f"Wrote {path}.", file=sys.stderr)
     print(json.dumps(found, indent=2) if options.json else as_text(found))
     if options.dry_run and not options.json:
         from trinity.cli.plan_dry import dry_text
@@ -65,7 +71,7 @@ def planned(options: argparse.Namespace) -> dict[str, Any]:
     from trinity.cli.plan_figures import comparison, figures
     from trinity.config.load import override
     from trinity.plan.hardware import DEVICES, parse_cluster
-    from trinity.plan.peers import PEERS, as_peer, peer
+    from trinity.plan.peers import as_peer
     from trinity.recipes.table import recipe
 
     run = recipe(options.recipe)
@@ -77,8 +83,8 @@ def planned(options: argparse.Namespace) -> dict[str, Any]:
     found = figures(
         run, cluster and (cluster.device.name, cluster.size), devices, assumptions, fixed_by(options.set, run)
     )
-    if options.compare:
-        peers = list(PEERS.values()) if options.compare == "all" else [peer(n) for n in options.compare.split(",")]
+    if options.compare is not None:
+        peers = compared_with(options.compare)
         found["compare"] = comparison([as_peer(run.name, run.model), *peers], devices, assumptions)
     if options.dry_run:
         from trinity.cli.plan_dry import rehearsed
@@ -87,8 +93,24 @@ def planned(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def compared_with(text: str) -> list[Any]:
+    """The models of --compare, in its order: published ones by name, `all` of them, and recipes of ours."""
+    from trinity.plan.peers import PEERS, as_peer, peer
+    from trinity.recipes.table import RECIPES, recipe
+
+    found: dict[str, Any] = {}
+    for name in (part.strip() for part in text.split(",")):
+        if name == "all":
+            found |= PEERS
+        elif name in RECIPES or name.endswith(".toml"):
+            found[name] = as_peer(recipe(name).name, recipe(name).model)
+        else:
+            found[name] = peer(name)
+    return list(found.values())
+
+
 def for_tokens(run: Any, text: str) -> Any:
-    """The run over that many tokens: warm-up, decay and phases keep their shares; a context extension stays as long."""
+    """The run over that many tokens: warm-up, decay, phases and context extension keep their shares."""
     from dataclasses import replace
 
     from trinity.base.errors import UsageError

@@ -109,7 +109,9 @@ def dry_text(found: dict[str, Any]) -> str:
     blocks = [[head]]
     blocks.append(aligned(Table(header=["sent in a step", *columns], rows=[_cells(line) for line in found["sent"]])))
     blocks.append(aligned(Table(header=["of it", *columns], rows=[_cells(line) for line in found["purposes"]])))
-    blocks.append(aligned(Table(header=["memory", *columns], rows=[_cells(line) for line in found["memory"]])))
+    left_out = "without what no rehearsal has: the process itself, layers on their way, freed memory"
+    memory = Table(header=["memory", *columns], rows=[_cells(line) for line in found["memory"]], caption=left_out)
+    blocks.append(aligned(memory))
     wrong = outside(found)
     verdict = f"! plan and dry run differ by more than {WITHIN:.0%} in: {', '.join(wrong)}" if wrong else (
         f"bytes by collective and the peak of memory agree within {WITHIN:.0%}"

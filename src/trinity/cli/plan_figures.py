@@ -190,7 +190,7 @@ def _sizes(run: RunConfig) -> dict[str, Any]:
     parts = asdict(count)
     del parts["active_experts"]  # part of the routed experts, not beside them
     context = model.max_position_embeddings
-    lengths = sorted({length for length in LENGTHS if length < context} | {context})
+    lengths = sorted({length for length in LENGTHS if length < context} | {context, run.data.sequence_length})
     return {
         "parameters": {"total": count.total, "active": count.active,
                        "active_without_embedding_and_head": count.active_without_embedding, "parts": parts},
@@ -200,7 +200,7 @@ def _sizes(run: RunConfig) -> dict[str, Any]:
         "flops_per_token": {
             str(length): {"forward": forward_flops(model, length), "attention": attention_flops(model, length),
                           "training": model_flops(model, length)}
-            for length in sorted({*lengths, run.data.sequence_length})
+            for length in lengths
         },
         "newton_schulz_flops_per_step": sum(newton_schulz_flops(model, run.optim)),
         "weights_bytes": {"float32": 4 * count.total, "bfloat16": 2 * count.total},

@@ -88,7 +88,7 @@ def step_table(found: dict[str, Any]) -> Table:
 
 def memory_table(found: dict[str, Any]) -> Table:
     memory = found["memory"]
-    rows = [[PARTS[name], show_bytes(value)] for name, value in memory["parts"].items()]
+    rows = [[PARTS[name], show_bytes(value)] for name, value in memory["parts"].items() if value]
     worst = max(memory["moments_of_a_step"], key=memory["moments_of_a_step"].get)
     return Table(
         header=["memory of a process", "bytes"], rows=[*rows, [f"peak, in the {worst}", show_bytes(memory["peak"])]]
@@ -149,7 +149,7 @@ def context_table(found: dict[str, Any]) -> Table:
                 show_count(flops["forward"]),
                 f"{100 * flops['attention'] / flops['forward']:.1f} %",
                 show_count(flops["training"]),
-                show_bytes(caches[length]) if length in caches else "",
+                show_bytes(caches[length]),
             ]
             for length, flops in found["flops_per_token"].items()
         ],
