@@ -29,7 +29,7 @@ CEILINGS = {
     "report": 850,
     "serve": 1400,
     "text": 450,
-    "train": 3100,
+    "train": 3300,
 }
 
 

@@ -95,6 +95,7 @@ def _advance(state: TrainState, config: RunConfig, run: Path, duties: Duties, sh
         started, phase, place = time.perf_counter(), config.phase_at(state.tokens), state.loader.trace.place
         batches = next_microbatches(state.loader, phase, state.world)
         loaded = time.perf_counter() - started
+        duties.watch.loaded()
         measured = accumulate(state, batches, config)
         state.guard.turn_to(phase)
         verdict = state.guard.judge(measured.loss, measured.grad_norm)

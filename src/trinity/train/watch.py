@@ -2,6 +2,7 @@
 
     with Watch(run, config.train, world, say) as watch:
         watch.begins(phase, step, tokens)
+        watch.loaded()
         for incident in watch.stepped(phase, step, tokens, loss, loading, seconds): ...
         with watch.doing("evaluating"): ...
 
@@ -55,6 +56,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         self._hang.start()
+        self._stragglers.open()
         self._beat()
         return self
 
@@ -62,6 +64,7 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hang.close()
+        self._stragglers.close()
         if error is None:
             self._end("finished", "")
         elif isinstance(error, KeyboardInterrupt):
@@ -74,6 +77,7 @@ class Watch:
         """The run, or a phase of it, is this process's to go on with from here. Its first step may take long."""
         self._phase, self._step, self._tokens = phase.name, step, tokens
         self._doing, self._opened = "starting", True
+        self._stragglers.turn_phase()
         self._beat()
 
     @contextmanager
@@ -84,6 +88,10 @@ class Watch:
         yield
         self._doing = before
         self._beat()
+
+    def loaded(self) -> None:
+        """The data of the step that begins is here."""
+        self._stragglers.begin()
 
     def stepped(
         self, phase: Phase, step: int, tokens: int, loss: float, loading: float, stepping: float
