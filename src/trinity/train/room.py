@@ -27,16 +27,16 @@ _REMEDY = (
 
 
 def refuse_what_cannot_fit(
-    config: RunConfig, world: World, say: Callable[[str], None], available: int | None = None
+    config: RunConfig, world: World, say: Callable[[str], None], tokens: int = 0, available: int | None = None
 ) -> None:
     """A ConfigError when this process's part of the state alone exceeds `available` bytes; a sentence when a step may.
 
-    available: free bytes of the device (default: looked up).
+    tokens: what the run has behind it. available: free bytes of the device (default: looked up).
     """
     free = available_bytes(world.device) if available is None else available
     if free is None:
         return
-    needed = needed_by(config, world)
+    needed = needed_by(config, world, tokens)
     parts = {"weights": needed.weights, "moments": needed.moments, "gradients": needed.gradients}
     state = sum(parts.values())
     shown = ", ".join(f"{name} {show_bytes(size)}" for name, size in parts.items())
@@ -53,9 +53,9 @@ def refuse_what_cannot_fit(
         )
 
 
-def needed_by(config: RunConfig, world: World) -> RankMemory:
+def needed_by(config: RunConfig, world: World, tokens: int = 0) -> RankMemory:
     """What the planner expects the fullest process to hold in this world."""
-    found, parallel = lay_over(config, world.size), config.parallel
+    found, parallel = lay_over(config, world.size, tokens), config.parallel
     layout = Layout(
         replicate=found.replicate,
         shard=found.shard,
