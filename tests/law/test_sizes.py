@@ -22,7 +22,7 @@ CEILINGS = {
     "kernels": 420,
     "model": 950,
     "optim": 400,
-    "parallel": 1000,
+    "parallel": 1050,
     "plan": 1800,
     "recipes": 600,
     "release": 800,

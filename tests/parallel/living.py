@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from steps import small, whole
 
+from trinity.cli.main import main
 from trinity.config.load import override
 from trinity.config.phases import ExtensionConfig, PhaseConfig
 from trinity.config.run import RunConfig
@@ -49,6 +50,22 @@ def life(data: dict[str, Path]) -> RunConfig:
             tokens=4096, sequence_length=256, batch_tokens=1024, mix=str(data["long"]), final_lr_fraction=0.05
         ),
     )
+
+
+def ramped() -> RunConfig:
+    """A row a step, which two processes cannot share, and then four."""
+    settings = ["train.tokens=3K", "train.batch_tokens=128", "train.microbatch_rows=1", "optim.decay_tokens=0",
+                "optim.warmup_tokens=0", "train.evaluate_bytes=0", "train.sample_tokens=0",
+                "train.save_every_tokens=512"]  # fmt: skip
+    return replace(
+        override(recipe("debug"), settings), phases=(PhaseConfig(name="wide", from_tokens=512, batch_tokens=512),)
+    )
+
+
+def go_on(recipe: Path, data: Path, run: Path) -> None:
+    """The command that resumes a run."""
+    code = main(["train", str(recipe), "--data", str(data), "--out", str(run)])
+    assert not code, code
 
 
 def look(data: Path, world: World, *settings: str) -> dict[str, Any]:

@@ -20,6 +20,10 @@ from trinity.parallel.mesh import World
 FIGURE, ABSOLUTE, GRADIENT, WEIGHT = 1e-5, 2e-6, 5e-6, 1e-5  # relative, nats, relative, relative after three steps
 
 LAYOUTS = {
+    1: {
+        "compile": ["parallel.compile=true"],
+        "remat, compile": ["parallel.remat=block", "parallel.compile=true"],
+    },
     2: {
         "fsdp 2": ["parallel.shard=2"],
         "hsdp 2 x 1": ["parallel.replicate=2", "parallel.shard=1"],
@@ -27,6 +31,9 @@ LAYOUTS = {
         "cp 2": ["parallel.context=2"],
         "cp 2, ep 2": ["parallel.context=2", "parallel.expert=2"],
         "ep 2, remat": ["parallel.expert=2", "parallel.remat=block"],
+        "fsdp 2, compile": ["parallel.shard=2", "parallel.compile=true"],
+        "ep 2, remat, compile": ["parallel.expert=2", "parallel.remat=block", "parallel.compile=true"],
+        "cp 2, remat, compile": ["parallel.context=2", "parallel.remat=block", "parallel.compile=true"],
     },
     4: {
         "fsdp 4": ["parallel.shard=4"],
@@ -54,16 +61,18 @@ def some(size: int, every_time: bool) -> list[str]:
     [
         pytest.param(2, some(2, True), id="2 processes"),
         pytest.param(4, some(4, True), id="4 processes"),
+        pytest.param(1, some(1, False), id="1 process, the others", marks=pytest.mark.slow),
         pytest.param(2, some(2, False), id="2 processes, the others", marks=pytest.mark.slow),
         pytest.param(4, some(4, False), id="4 processes, the others", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.timeout(900)  # inductor takes its time
 def test_layouts_learn_what_one_process_learns(size: int, names: list[str], debug_data, tmp_path):
     """The processes of one size are started once for all their layouts."""
     torch.set_num_threads(1)
     alone = three_steps(small(), debug_data, World.alone())
     layouts = [LAYOUTS[size][name] for name in names]
-    in_processes(size, write_steps, debug_data, tmp_path, layouts, [free_port() for _ in layouts])
+    in_processes(size, write_steps, debug_data, tmp_path, layouts, [free_port() for _ in layouts], seconds=800)
     for name, settings in zip(names, layouts, strict=True):
         compare(name, torch.load(tmp_path / f"{'_'.join(settings)}.pt", weights_only=True), alone)
 

@@ -1,6 +1,6 @@
 """Layouts: which process does what, and the mistakes that are refused before anything runs."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from trinity.base.errors import ConfigError
 from trinity.config.load import override
 from trinity.config.parallel import ParallelConfig
+from trinity.config.phases import PhaseConfig
 from trinity.parallel.mesh import World, device_of, joined_world, layout, misfits
 from trinity.recipes.table import recipe
 
@@ -17,7 +18,7 @@ LARGE = recipe("large")
 
 
 def laid_out(size: int, **parallel):
-    return layout(dataclasses.replace(LARGE, parallel=ParallelConfig(**parallel)), size)
+    return layout(replace(LARGE, parallel=ParallelConfig(**parallel)), size)
 
 
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 8, 16]), st.sampled_from([1, 2, 4]), st.data())
@@ -59,6 +60,29 @@ def test_rows_that_do_not_cut_evenly_are_refused():
     config = override(recipe("debug"), ["parallel.context=4", "data.sequence_length=126", "train.batch_tokens=1008"])
     with pytest.raises(ConfigError, match="126 tokens .* cannot be cut evenly for 4"):
         layout(config, 4)
+
+
+RAMP = replace(
+    override(recipe("debug"), ["train.batch_tokens=128", "train.microbatch_rows=1"]),
+    phases=(
+        PhaseConfig(name="wide", from_tokens=512, batch_tokens=512),
+        PhaseConfig(name="odd", from_tokens=2048, batch_tokens=384),
+    ),
+)
+
+
+def test_rows_are_those_of_the_phase_that_a_resumed_run_is_in():
+    """One row a step, then four, then three, on two processes."""
+    world = World(rank=0, size=2, device=torch.device("cpu"), data_size=2)
+    with pytest.raises(ConfigError, match="phase 'pretraining' has 1 rows; 2 processes"):
+        layout(RAMP, 2, 511)
+    assert layout(RAMP, 2, 512).shard == 2
+    (misfit,) = misfits(RAMP, world, 512)
+    assert "phase 'odd' has 3 rows" in misfit, "what lies behind is not told of"
+    with pytest.raises(ConfigError, match="phase 'odd' has 3 rows; 2 processes"):
+        layout(RAMP, 2, 2048)
+    assert not misfits(RAMP, world, 2048)
+    assert layout(RAMP, 2, RAMP.horizon).shard == 2, "a complete run reads no more rows"
 
 
 def test_one_process_needs_no_process_group(monkeypatch):

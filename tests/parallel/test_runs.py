@@ -8,14 +8,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from living import BAD, ROLL_BACK, breaking, life, live, lived, look
+from living import BAD, ROLL_BACK, breaking, go_on, life, live, lived, look, ramped
 from worlds import in_processes
 
 from trinity.base.run import read_lines
 from trinity.data.documents import Document, writing_documents
 from trinity.data.tokenise import tokenise
+from trinity.parallel import mesh
 from trinity.parallel.mesh import World
+from trinity.recipes.file import write_recipe
 from trinity.text.train_bpe import train_bpe
+from trinity.train import loop
 
 # Losses over a whole run: sums in another order now and then send a token to another expert.
 FIGURE, WEIGHT = 1e-4, 1e-3
@@ -110,3 +113,33 @@ def test_a_life_in_phases_reads_and_learns_what_one_process_does(apart, data, tm
     assert [name for name, _ in phases] == ["wide", "code", "extension"]
     kept = {path.name for path in (out / "life" / "checkpoints").iterdir()}
     assert {"pre-anneal", "base", "context-extended"} <= kept
+
+
+@pytest.fixture
+def past_the_ramp(debug_data, tmp_path) -> Path:
+    """A run that one process began and left after 1,536 tokens, the newest checkpoint at 1,024."""
+
+    def stop(progress) -> None:
+        if progress.tokens == 1536:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        loop.train(ramped(), debug_data, tmp_path / "run", lambda _: None, stop)
+    return tmp_path / "run"
+
+
+def test_a_layout_is_checked_where_the_newest_checkpoint_stands(past_the_ramp, debug_data, monkeypatch):
+    asked, original = [], mesh.layout
+    monkeypatch.setattr(mesh, "layout", lambda *given: asked.append(given[2]) or original(*given))
+    state = loop.train(ramped(), debug_data, past_the_ramp, lambda _: None, lambda _: None)
+    write_recipe(ramped(), past_the_ramp / "ramp.toml")
+    go_on(past_the_ramp / "ramp.toml", debug_data, past_the_ramp)
+    assert asked == [1024, 3072] and state.tokens == 3072
+
+
+@pytest.mark.slow
+def test_a_run_past_its_ramp_goes_on_on_more_processes_than_the_ramp_has_rows(past_the_ramp, debug_data):
+    write_recipe(ramped(), past_the_ramp / "ramp.toml")
+    in_processes(2, go_on, past_the_ramp / "ramp.toml", debug_data, past_the_ramp)
+    assert [line["step"] for line in lines(past_the_ramp, "resume")] == [5]
+    assert lines(past_the_ramp, "step")[-1]["tokens"] == ramped().horizon == 3072

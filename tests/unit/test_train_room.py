@@ -1,20 +1,24 @@
 """Too little memory is said before anything is allocated, with the numbers and what to change."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from trinity.base.errors import ConfigError, TrinityError
+from trinity.base.units import show_bytes
 from trinity.cli.main import main
 from trinity.config.load import override
+from trinity.config.phases import PhaseConfig
 from trinity.parallel.mesh import World
+from trinity.plan.layout import Layout
+from trinity.plan.memory import rank_memory
+from trinity.plan.stages import stages
 from trinity.recipes.table import recipe
 from trinity.train import loop
 from trinity.train.room import _left_by_container, available_bytes, explaining_memory, needed_by, refuse_what_cannot_fit
 from trinity.train.state import TrainState
-
-ALONE = World.alone()
 
 
 def test_a_state_that_cannot_fit_is_refused():
@@ -28,10 +32,66 @@ def test_a_state_that_cannot_fit_is_refused():
 
 def test_a_step_that_may_not_fit_is_warned_of():
     run, said = recipe("debug"), []
-    needed = needed_by(run, World.alone())
-    state = needed.weights + needed.moments + needed.gradients
-    refuse_what_cannot_fit(run, World.alone(), said.append, available=state + 1)
+    ((_, needed),) = needed_by(run, World.alone())
+    step = needed.peak - needed.process - needed.allocator
+    refuse_what_cannot_fit(run, World.alone(), said.append, available=round(step / 1.05))
     assert len(said) == 1 and "activations" in said[0]
+
+
+def test_a_step_that_cannot_fit_is_refused():
+    """The state alone would fit many times."""
+    run = override(recipe("debug"), ["train.microbatch_rows=512", "train.batch_tokens=65536"])
+    ((_, needed),) = needed_by(run, World.alone())
+    step = needed.peak - needed.process - needed.allocator
+    assert step > 10 * (needed.weights + needed.moments + needed.staging)
+    with pytest.raises(ConfigError, match="at the peak of a step.*lower train.microbatch_rows"):
+        refuse_what_cannot_fit(run, World.alone(), pytest.fail, available=round(step / 1.2))
+
+
+def test_the_copy_that_a_save_makes_counts_where_it_lies_in_the_same_memory():
+    run, said = recipe("debug"), []
+    ((_, needed),) = needed_by(run, World.alone())
+    with pytest.raises(ConfigError, match="copy for a checkpoint"):
+        refuse_what_cannot_fit(run, World.alone(), pytest.fail, available=needed.weights + 2 * needed.moments)
+    refuse_what_cannot_fit(run, World.alone(), said.append, available=needed.peak - needed.process + needed.staging - 1)
+    assert len(said) == 1
+    refuse_what_cannot_fit(run, World.alone(), pytest.fail, available=needed.peak - needed.process + needed.staging)
+    gpu = World(rank=0, size=1, device=torch.device("cuda"))
+    ((_, needed),) = needed_by(run, gpu)
+    refuse_what_cannot_fit(run, gpu, pytest.fail, available=needed.peak)
+
+
+LONG = ["extension.tokens=1M", "extension.sequence_length=262144", "extension.batch_tokens=1048576",
+        "extension.microbatch_rows=4", "parallel.remat=block"]  # fmt: skip
+
+
+def test_a_later_phase_that_may_not_fit_is_told_of_until_it_lies_behind():
+    """Its rows are a thousand times those of the beginning: it is its own shape that counts."""
+    config, said = override(recipe("demo"), LONG), []
+    refuse_what_cannot_fit(config, World.alone(), said.append, available=2**35)
+    (_, extension) = stages(config)
+    layout = Layout(microbatch_rows=4, remat="block")
+    planned = rank_memory(extension.run, layout, in_host_memory=True)
+    assert planned.peak > 2**35
+    (sentence,) = said
+    assert sentence.startswith("later: A step of phase 'extension' may need about ")
+    assert show_bytes(planned.peak + planned.staging) in sentence and "32.0 GiB are free on cpu" in sentence
+    assert "parallel.context" in sentence
+    said.clear()
+    refuse_what_cannot_fit(config, World.alone(), said.append, config.base_end, available=2**35)
+    assert len(said) == 1 and said[0].startswith("A step may need about ")
+    assert [name for name, _ in needed_by(config, World.alone(), config.horizon)] == ["extension"]
+
+
+def test_phases_that_need_no_more_are_not_told_of_again():
+    config = replace(
+        override(recipe("debug"), ["train.batch_tokens=512", "train.microbatch_rows=1"]),
+        phases=(PhaseConfig(name="wide", from_tokens=8192, batch_tokens=1024),),
+    )
+    ((_, first), (_, wide)), said = needed_by(config, World.alone()), []
+    assert first.peak == wide.peak
+    refuse_what_cannot_fit(config, World.alone(), said.append, available=first.peak - first.process)
+    assert len(said) == 1
 
 
 def test_a_run_that_fits_is_let_pass():
@@ -45,6 +105,23 @@ def test_nothing_is_allocated_before_a_refusal(monkeypatch, debug_data, tmp_path
     monkeypatch.setattr(TrainState, "fresh", lambda *_: pytest.fail("the model was built"))
     with pytest.raises(ConfigError, match="1000 B are free"):
         loop.train(recipe("debug"), debug_data, tmp_path / "run", lambda _: None, lambda _: None)
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    whole = available_bytes(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    part = available_bytes(torch.device("cpu"))
+    assert whole is not None and part is not None
+    assert part == pytest.approx(whole / 4, rel=0.2)  # others on the machine allocate meanwhile
+
+
+def test_limits_of_a_container_count(tmp_path):
+    assert _left_by_container(tmp_path) == []
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert _left_by_container(tmp_path) == [3000]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _left_by_container(tmp_path) == []
 
 
 def test_memory_that_runs_out_in_a_step_is_told_with_figures(monkeypatch, debug_data, tmp_path, capsys):
@@ -64,27 +141,10 @@ def test_memory_that_runs_out_in_a_step_is_told_with_figures(monkeypatch, debug_
 def test_memory_of_a_gpu_that_runs_out_is_told_and_other_errors_pass():
     with (
         pytest.raises(TrinityError, match=r"20\.00 MiB could not be allocated"),
-        explaining_memory(recipe("debug"), ALONE),
+        explaining_memory(recipe("debug"), World.alone()),
     ):
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79 GiB"
         )
-    with pytest.raises(RuntimeError, match="mat1"), explaining_memory(recipe("debug"), ALONE):
+    with pytest.raises(RuntimeError, match="mat1"), explaining_memory(recipe("debug"), World.alone()):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-
-def test_processes_of_one_machine_share_its_memory(monkeypatch):
-    whole = available_bytes(torch.device("cpu"))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    part = available_bytes(torch.device("cpu"))
-    assert whole is not None and part is not None
-    assert part == pytest.approx(whole / 4, rel=0.2)  # others on the machine allocate meanwhile
-
-
-def test_limits_of_a_container_count(tmp_path):
-    assert _left_by_container(tmp_path) == []
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("2000\n")
-    assert _left_by_container(tmp_path) == [3000]
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _left_by_container(tmp_path) == []

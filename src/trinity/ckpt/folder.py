@@ -189,14 +189,24 @@ def _milestones(folders: list[Path], every: int) -> list[Path]:
     """
     chosen, reached = [], 0
     for folder in folders:
-        try:
-            tokens = int(json.loads((folder / STATE).read_bytes())["tokens"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # a damaged one is no milestone; the next stands in for it
-        if tokens // every > reached:
+        tokens = _tokens_of(folder)  # a damaged one is no milestone; the next stands in for it
+        if tokens is not None and tokens // every > reached:
             chosen.append(folder)
             reached = tokens // every
     return chosen
+
+
+def reached(run: Path) -> int:
+    """Tokens of the newest checkpoint that tells them, its bytes unchecked; 0 where a run has none."""
+    told = (_tokens_of(folder) for folder in reversed(step_folders(run)))
+    return next((tokens for tokens in told if tokens is not None), 0)
+
+
+def _tokens_of(folder: Path) -> int | None:
+    try:
+        return int(json.loads((folder / STATE).read_bytes())["tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def step_folders(run: Path) -> list[Path]:

@@ -52,12 +52,13 @@ def train_recipe(options: argparse.Namespace) -> None:
     if options.test_alarm:
         _ring(options.out, config, options.json)
         return
+    from trinity.ckpt.folder import reached
     from trinity.parallel.mesh import joined_world
     from trinity.train.display import TrainingDisplay
     from trinity.train.loop import train
     from trinity.train.saver import peers_of
 
-    with joined_world(config) as world:
+    with joined_world(config, reached(options.out)) as world:
         data = options.data or (Path(config.own_data) if config.own_data else None)
         data = data or _given_or_embedded(options, config, peers_of(world))
         with TrainingDisplay(config.horizon, world.is_first) as display:

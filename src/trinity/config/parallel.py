@@ -17,7 +17,7 @@ class ParallelConfig(Settings):
     context: int = knob("processes that share the positions of one row", 1, low=1)
     expert: int = knob("processes that share the experts of a layer; divides shard x context", 1, low=1)
     remat: Literal["none", "block"] = knob("what backward computes again instead of keeping", "none")
-    compile: bool = knob("compile attention and dense layers with torch.compile", False)
+    compile: bool = knob("compile attention and dense layers for training with torch.compile", False)
     precision: Literal["float32", "bfloat16"] = knob(
         "precision of weights and activations in a forward pass; master weights and sums stay float32", "float32"
     )

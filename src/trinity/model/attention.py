@@ -29,13 +29,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """x: [B, T, D] -> [B, T, D]. `angles` are the rotary cosines and sines of the positions."""
-        q = self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2)  # [B, H, T, C]
-        k = self.k_norm(self._heads(self.k_proj(x))).transpose(1, 2)  # [B, J, T, C]
-        v = self._heads(self.v_proj(x)).transpose(1, 2)
-        if self.window is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
-        out = attend(self.layer, q, k, v, self.window).transpose(1, 2).flatten(-2)
-        return self.o_proj(out * self.gate_proj(x).sigmoid())
+        q, k, v = self.heads(x, angles)
+        return self.merged(x, attend(self.layer, q, k, v, self.window))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+    def heads(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [B, T, D] -> queries [B, H, T, C], keys and values [B, J, T, C]."""
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+        return (q, k, v) if self.window is None else (rotate(q, angles), rotate(k, angles), v)
+
+    def merged(self, x: Tensor, out: Tensor) -> Tensor:
+        """What the heads read, [B, H, T, C], through the gate of x: [B, T, D]."""
+        return self.o_proj(out.transpose(1, 2).flatten(-2) * self.gate_proj(x).sigmoid())

@@ -2,7 +2,7 @@
 
     1. experts are cut over expert-parallel processes       (parallel/expert.py moves the rows)
     2. blocks are computed again in backward                (remat)
-    3. attention and dense layers are compiled
+    3. both parts of attention and dense layers are compiled
     4. weights are sharded, and replicated over replicas    (FSDP2, HSDP)
     5. what a process holds gets memory and initial values
 
@@ -10,7 +10,9 @@ Context parallelism needs nothing here: it is an `attend`, handed to each forwar
 Gradients are sums over processes, never means: the loss divides by the targets of the whole step.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,13 +110,27 @@ def _through_own(experts: Experts, x: Tensor, weights: Tensor | None, order: Ten
 
 
 def _compile(block: Block) -> None:
-    """Experts stay as they are: grouped_mm in float32 does not compile (docs/adr/0019)."""
-    block.self_attn.compile()
-    if isinstance(block.mlp, MixtureOfExperts):
-        if block.mlp.shared_experts is not None:
-            block.mlp.shared_experts.compile()
-    else:
-        block.mlp.compile()
+    """Experts stay as they are: grouped_mm in float32 does not compile (docs/adr/0019).
+
+    So does what lies between the two parts of attention: an `attend` keeps what it makes once a batch, sends rows to
+    other processes and takes another number of documents with every batch. A graph of it would depend on all of that,
+    and a block computed again in backward would find another graph than the one whose tensors were saved.
+    """
+    attention = block.self_attn
+    attention.heads, attention.merged = _compiled(attention.heads), _compiled(attention.merged)
+    dense = block.mlp.shared_experts if isinstance(block.mlp, MixtureOfExperts) else block.mlp
+    if dense is not None:
+        dense.forward = _compiled(dense.forward)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled where gradients are wanted.
+
+    Evaluations and samples have rows of any length: their graphs would fill the few places that torch has for those of
+    one function, and training, which comes after the first evaluation, would go uncompiled.
+    """
+    fast = torch.compile(function)
+    return lambda *inputs: (fast if torch.is_grad_enabled() else function)(*inputs)
 
 
 def _shard(model: Transformer, parallel: ParallelConfig, world: World) -> None:

@@ -117,8 +117,11 @@ class Layout(NamedTuple):
     expert_shard: int
 
 
-def layout(config: RunConfig, size: int) -> Layout:
-    """Check a layout against the number of processes and the run; a ConfigError says which numbers do not divide."""
+def layout(config: RunConfig, size: int, tokens: int = 0) -> Layout:
+    """Check a layout against the number of processes and the run; a ConfigError says which numbers do not divide.
+
+    tokens: what the run has behind it. Rows are those of the phase it is in; of a complete run none are read any more.
+    """
     parallel, model = config.parallel, config.model
     fixed = parallel.replicate * parallel.context
     shard = parallel.shard or size // fixed
@@ -147,7 +150,8 @@ def layout(config: RunConfig, size: int) -> Layout:
             "layers need.",
             "Choose parallel.context as a divisor of model.num_attention_heads.",
         )
-    check_rows(config.course[0], parallel.context, parallel.replicate * shard)
+    if tokens < config.horizon:
+        check_rows(config.phase_at(tokens), parallel.context, parallel.replicate * shard)
     return Layout(
         replicate=parallel.replicate,
         shard=shard,
@@ -157,10 +161,11 @@ def layout(config: RunConfig, size: int) -> Layout:
     )
 
 
-def misfits(config: RunConfig, world: World) -> list[str]:
-    """What is wrong with later phases under this layout: a run may reach them under another (longer rows, say)."""
+def misfits(config: RunConfig, world: World, tokens: int = 0) -> list[str]:
+    """What is wrong with the phases that a run of so many tokens has yet to begin, under this layout: it may reach them
+    under another (longer rows, say)."""
     found = []
-    for phase in config.course[1:]:
+    for phase in (phase for phase in config.course if phase.begin > tokens):
         try:
             check_rows(phase, world.context_size, world.data_size)
         except ConfigError as error:
@@ -180,21 +185,23 @@ def check_rows(phase: Phase, context: int, readers: int) -> None:
 
 
 @contextmanager
-def joined_world(config: RunConfig) -> Iterator[World]:
+def joined_world(config: RunConfig, tokens: int = 0) -> Iterator[World]:
     """This process's place among those of the launcher; the process group lives as long as the block.
+
+    tokens: those that a run to be resumed has behind it (ckpt/folder.py, `reached`).
 
     What one process cannot do is refused by all, before they wait for each other.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and config.parallel.precision == "float32":
-        layout(config, 1)
+        layout(config, 1, tokens)
         yield World.alone(device_of(config.parallel))
         return
     # One process too: FSDP2 keeps the float32 master weights of a bfloat16 run.
     room = Room(HashStore(), 0, 1) if size == 1 else room_of_this_start(COLLECTIVE_TIMEOUT)
     try:
         with noticing_lost_peers():
-            found, device = settle(room, lambda: _place(config, size))
+            found, device = settle(room, lambda: _place(config, size, tokens))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                 timeout=COLLECTIVE_TIMEOUT,
@@ -228,8 +235,8 @@ def refuse_with_all(error: TrinityError) -> NoReturn:
     raise AssertionError("settle raises what was refused")
 
 
-def _place(config: RunConfig, size: int) -> tuple[tuple[Layout, torch.device], dict[str, str]]:
-    found, device = layout(config, size), device_of(config.parallel)
+def _place(config: RunConfig, size: int, tokens: int) -> tuple[tuple[Layout, torch.device], dict[str, str]]:
+    found, device = layout(config, size, tokens), device_of(config.parallel)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return (found, device), {"device": device.type}

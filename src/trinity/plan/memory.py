@@ -266,8 +266,8 @@ def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, rec
         summed = 12 if shards == 1 else max(4 + size, 4 + 4 / shards + size / 3)  # alone: divided into a third copy
         beside = max(_attention_bytes(run, layout, kind, kernels) for kind in layer_patterns(model))
         beside += tokens * (4 * (width + 1) + 3 * width * size)  # the norm before the experts, and what arrives there
-        beside = beside - recomputed if recomputed else 0
-        waiting = max(waiting, round((summed - size) * experts) + beside)
+        inside = recomputed or max(_block_activations(run, layout, kind, kernels) for kind in layer_patterns(model))
+        waiting = max(waiting, round((summed - size) * experts) + beside - inside)
     if recomputed and model.num_sparse_layers:
         waiting = max(waiting, _recomputing_bytes(run, layout, layer, experts, kernels))
     # The balance loss hands every layer's scores their gradient at the beginning of backward.

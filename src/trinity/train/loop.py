@@ -17,7 +17,7 @@ from typing import TextIO
 from trinity.base.durable import make_folder, recover, refusing_disk, write_json
 from trinity.base.errors import ConfigError, DataError, TrainingHalted, UsageError
 from trinity.base.run import CONFIG
-from trinity.ckpt.folder import newest_good
+from trinity.ckpt.folder import newest_good, reached, read_state
 from trinity.ckpt.peers import Peers
 from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
@@ -57,7 +57,7 @@ def train(
     What fails on one process before the first step fails on all, with one error.
     """
     if world is None:
-        with joined_world(config) as world:
+        with joined_world(config, reached(run)) as world:
             return train(config, data, run, say, show, world)
     saver = Saver(run, config, world)
     peers = saver.peers
@@ -188,13 +188,14 @@ def prepare(
     peers.first(lambda: _make_ready(run, config, loader, data, world))
     changed = peers.together(lambda: settings.changes(run, config, loader))
     prove(loader, run, peers)
-    peers.together(lambda: refuse_what_cannot_fit(config, world, say))
+    newest = newest_good(run, say, peers)
+    tokens = peers.together(lambda: 0 if newest is None else read_state(newest)["tokens"])
+    peers.together(lambda: refuse_what_cannot_fit(config, world, say, tokens))
     if world.device.type == "cpu":
         keep_freed_memory()
     state = peers.together(lambda: TrainState.fresh(config, loader, world))
-    for misfit in misfits(config, world):
+    for misfit in misfits(config, world, tokens):
         say(f"later: {misfit} Go on from there under another layout (docs/guides/parallelism.md).")
-    newest = newest_good(run, say, peers)
     if newest is not None:
         state.restore(newest, config, peers)
         say(f"resuming {run} at step {state.step}, {state.tokens:,} tokens")
