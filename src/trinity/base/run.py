@@ -8,8 +8,9 @@ checkpoints/     see ckpt/folder.py
 """
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,39 @@ HEARTBEAT = "heartbeat.json"
 
 
 class MetricsLog:
-    """Append-only metrics.jsonl. Reopened at a step, it drops the lines a lost stretch of the run had written."""
+    """Append-only metrics.jsonl. Reopened at a step, it drops the lines a lost stretch of the run had written.
 
-    def __init__(self, run: Path, resume_step: int) -> None:
+    A roll-back goes back to a step too, but what was found on the way it leaves stays: those lines hold, as "left_at",
+    how many rows of the data had been read by then. Steps are counted again after a roll-back, rows never are, so rows
+    tell which of these lines a resumed run has behind it, and which it will write again.
+    """
+
+    def __init__(self, run: Path, resume_step: int, rows_read: int = 0) -> None:
         self.path = run / METRICS
-        if self.path.exists():
-            # A run that begins anew (resume_step 0) keeps nothing: it will write its first evaluation again.
-            kept = [line for line in read_lines(self.path) if 0 < resume_step >= line.get("step", 0)]
-            write_durably(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        # A run that begins anew (resume_step 0) keeps nothing: it will write its first evaluation again.
+        self._rewrite(
+            line
+            for line in (read_lines(self.path) if self.path.exists() else ())
+            if resume_step and (line.get("step", 0) <= resume_step or line.get("left_at", math.inf) <= rows_read)
+        )
+
+    def leave(self, step: int, rows_read: int) -> None:
+        """The steps after `step` are about to be left behind: mark what is to stay of them. No line goes yet."""
+        self.close()
+        self._rewrite(
+            {**line, "left_at": line.get("left_at", rows_read)}
+            if line["step"] > step and line["kind"] == "guard"
+            else line
+            for line in read_lines(self.path)
+        )
+
+    def roll_back(self, step: int) -> None:
+        """The steps after `step` are run again: drop what was logged of them and is not marked to stay."""
+        self.close()
+        self._rewrite(line for line in read_lines(self.path) if line["step"] <= step or "left_at" in line)
+
+    def _rewrite(self, lines: Iterable[dict[str, Any]]) -> None:
+        write_durably(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
@@ -47,6 +73,12 @@ class Unwritten:
     """What the processes of a run that do not keep its log write to: nothing."""
 
     def write(self, kind: str, step: int, **values: Any) -> None:
+        pass
+
+    def leave(self, step: int, rows_read: int) -> None:
+        pass
+
+    def roll_back(self, step: int) -> None:
         pass
 
     def close(self) -> None:

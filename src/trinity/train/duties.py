@@ -1,6 +1,5 @@
 """What a run does besides stepping: log, evaluate, sample, save. Each duty is due every so many tokens."""
 
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from itertools import accumulate
@@ -10,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from trinity.balance.health import Health, measure
-from trinity.base.durable import write_durably
 from trinity.base.lineage import code_version
-from trinity.base.run import MetricsLog, Unwritten, read_lines
+from trinity.base.run import MetricsLog, Unwritten
 from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
 from trinity.data.heldout import heldout_documents
@@ -47,15 +45,14 @@ class Progress(NamedTuple):
 
 
 class Duties:
-    """The duties of one run. `say` receives sentences for people (incidents, samples, saves)."""
+    """The duties of one run from `state` on. `say` receives sentences for people (incidents, samples, saves)."""
 
     def __init__(
         self,
         run: Path,
         data: Path,
-        tokenizer: Tokenizer,
         config: RunConfig,
-        resume_step: int,
+        state: TrainState,
         say: Callable[[str], None],
         world: World,
         saver: Saver,
@@ -63,11 +60,11 @@ class Duties:
     ) -> None:
         self.run, self.config, self.say = run, config, say
         self.world, self.saver, self.watch = world, saver, watch
-        self.metrics = MetricsLog(run, resume_step) if world.is_first else Unwritten()
-        self.board = Board(run / "tensorboard" if world.is_first else None, resume_step, say)
-        self.heldout = within(heldout_documents(data), config.train.evaluate_bytes, tokenizer)
+        step = state.step
+        self.metrics = MetricsLog(run, step, state.loader.trace.place.rows) if world.is_first else Unwritten()
+        self.board = Board(run / "tensorboard" if world.is_first else None, step, say)
+        self.heldout = within(heldout_documents(data), config.train.evaluate_bytes, state.loader.tokenizer)
         self.bits_per_byte: float | None = None
-        self._furthest = 0  # step of the checkpoint that was begun furthest on
 
     def log_step(self, state: TrainState, measured: Measured, rates: tuple[float, float], seconds: float) -> Progress:
         biases = state.model.expert_biases()
@@ -121,13 +118,7 @@ class Duties:
 
     def rolled_back(self, step: int) -> None:
         """Drop what was logged of the steps after `step`, which are run again; the guard's lines stay."""
-        if isinstance(self.metrics, Unwritten):
-            return
-        self.metrics.close()
-        lines = list(read_lines(self.metrics.path))
-        kept = [line for line in lines if line["step"] <= step or line["kind"] == "guard"]
-        write_durably(self.metrics.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.metrics = MetricsLog(self.run, max(line["step"] for line in lines))
+        self.metrics.roll_back(step)
         self.board.purge(step)
 
     def resumed(self, state: TrainState) -> None:
@@ -179,9 +170,7 @@ class Duties:
 
     def save(self, state: TrainState, last: bool) -> None:
         """A checkpoint in the background; then the pointer moves, and the old ones go. `last`: of this run."""
-        if state.step > self._furthest:  # what a branch after a roll-back saves again is no progress
-            self._furthest = state.step
-            state.guard.saved()
+        state.guard.saved(state.step)
         self._compare_replicas(state)
         self._start_save(state, f"step-{state.step:08d}", newest=True, needed=last)
 

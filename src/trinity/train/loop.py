@@ -30,7 +30,7 @@ from trinity.parallel.mesh import World, check_rows, joined_world, misfits
 from trinity.train import settings
 from trinity.train.duties import Duties, Progress, due
 from trinity.train.evidence import Incident
-from trinity.train.rollback import RollBack
+from trinity.train.rollback import RollBack, returned_to
 from trinity.train.room import refuse_what_cannot_fit
 from trinity.train.saver import Saver
 from trinity.train.state import TrainState
@@ -67,9 +67,7 @@ def train(
         stack.enter_context(noticing_lost_peers())
         state, changed = prepare(config, data, run, say, world, peers)
         watch.begins(config.phase_at(state.tokens), state.step, state.tokens)
-        duties = peers.together(
-            lambda: Duties(run, data, state.loader.tokenizer, config, state.step, say, world, saver, watch)
-        )
+        duties = peers.together(lambda: Duties(run, data, config, state, say, world, saver, watch))
         try:
             if changed:
                 peers.together(lambda: duties.changed(state.step, changed))
@@ -195,7 +193,11 @@ def prepare(
     newest = newest_good(run, say, peers)
     if newest is not None:
         state.restore(newest, config, peers)
-        say(f"resuming {run} at step {state.step}, {state.tokens:,} tokens")
+        again = returned_to(run, newest, peers)
+        if again is not None:
+            state.go_on_after_roll_back(again)
+        after = " after the roll-back to it" if again else ""
+        say(f"resuming {run} at step {state.step}, {state.tokens:,} tokens{after}")
     return state, changed
 
 
