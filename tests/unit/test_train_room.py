@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trinity.base.errors import ConfigError
+from trinity.base.errors import TakenError
 from trinity.config.load import override
 from trinity.parallel.mesh import World
 from trinity.recipes.table import recipe
@@ -13,7 +13,7 @@ from trinity.train.state import TrainState
 
 def test_a_state_that_cannot_fit_is_refused():
     run = override(recipe("large"), ["parallel.remat=block", "parallel.expert=1", "parallel.precision=float32"])
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(TakenError) as caught:
         refuse_what_cannot_fit(run, World.alone(), pytest.fail, available=16 * 2**30)
     said = str(caught.value)
     assert "weights 1.5 TiB" in said and "16.0 GiB are free on cpu" in said
@@ -37,7 +37,7 @@ def test_nothing_is_allocated_before_a_refusal(monkeypatch, debug_data, tmp_path
 
     monkeypatch.setattr(room, "available_bytes", lambda device: 1000)
     monkeypatch.setattr(TrainState, "fresh", lambda *_: pytest.fail("the model was built"))
-    with pytest.raises(ConfigError, match="1000 B are free"):
+    with pytest.raises(TakenError, match="1000 B are free"):
         loop.train(recipe("debug"), debug_data, tmp_path / "run", lambda _: None, lambda _: None)
 
 

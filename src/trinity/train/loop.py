@@ -7,6 +7,7 @@ kernels add in no fixed order (atomics). How far such runs part has not been mea
 
 import fcntl
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from trinity.base.durable import recover, refusing_disk, write_json
-from trinity.base.errors import ConfigError, DataError, TrainingHalted, UsageError
+from trinity.base.errors import ConfigError, DataError, TakenError, TrainingHalted, UsageError
 from trinity.base.run import CONFIG
 from trinity.ckpt.folder import newest_good
 from trinity.ckpt.peers import Peers
@@ -63,7 +64,8 @@ def train(
     peers = saver.peers
     with ExitStack() as stack:
         peers.first(lambda: stack.enter_context(only_user_of(run)))
-        watch = stack.enter_context(peers.together(lambda: Watch(run, config.train, world, say)))
+        start = peers.share(secrets.token_hex(4))
+        watch = stack.enter_context(peers.together(lambda: Watch(run, config.train, world, say, start)))
         stack.enter_context(noticing_lost_peers())
         state, changed = prepare(config, data, run, say, world, peers)
         watch.begins(config.phase_at(state.tokens), state.step, state.tokens)
@@ -150,7 +152,11 @@ def _saves_due(state: TrainState, config: RunConfig, before: int) -> tuple[list[
 
 def next_microbatches(loader: Loader, phase: Phase, world: World) -> list[Batch]:
     """This process's microbatches of the next step. Each holds the same rows whatever the number of processes."""
-    check_rows(phase, world.context_size, world.data_size)
+    try:
+        check_rows(phase, world.context_size, world.data_size)
+    except ConfigError as error:
+        error.alike = True
+        raise
     loader.turn_to(phase.corpus, phase.sequence_length)
     rounds = phase.microbatches(world.data_size)
     return [loader.next_batch(phase.microbatch_rows, world.data_rank, world.data_size) for _ in range(rounds)]
@@ -270,11 +276,11 @@ def _locked(lock: TextIO, run: Path) -> bool:
     return True
 
 
-def _in_use(run: Path, lock: TextIO) -> UsageError:
+def _in_use(run: Path, lock: TextIO) -> TakenError:
     lock.seek(0)
     number, _, host = lock.read().strip().partition(" ")
     named = f" ({number} on {host})" if host else ""
     remedy = "Wait for it, or use another --out."
     if host not in ("", socket.gethostname()):
         remedy += f" If {host} is gone, its file server lets go of the lock within a minute or two: try again then."
-    return UsageError(f"{run} is being trained by another process{named}.", remedy)
+    return TakenError(f"{run} is being trained by another process{named}.", remedy)

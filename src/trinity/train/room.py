@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from trinity.base.errors import ConfigError
+from trinity.base.errors import TakenError
 from trinity.base.units import show_bytes
 from trinity.config.run import RunConfig
 from trinity.parallel.mesh import World
@@ -29,7 +29,7 @@ _REMEDY = (
 def refuse_what_cannot_fit(
     config: RunConfig, world: World, say: Callable[[str], None], available: int | None = None
 ) -> None:
-    """A ConfigError when this process's part of the state alone exceeds `available` bytes; a sentence when a step may.
+    """A TakenError when this process's part of the state alone exceeds `available` bytes; a sentence when a step may.
 
     available: free bytes of the device (default: looked up).
     """
@@ -41,7 +41,7 @@ def refuse_what_cannot_fit(
     state = sum(parts.values())
     shown = ", ".join(f"{name} {show_bytes(size)}" for name, size in parts.items())
     if state > free:
-        raise ConfigError(
+        raise TakenError(
             f"This run needs {show_bytes(state)} on each process for its state alone ({shown}), and about "
             f"{show_bytes(needed.peak)} at the peak of a step; {show_bytes(free)} are free on {world.device}.",
             _REMEDY,
