@@ -133,7 +133,7 @@ def test_a_process_whose_data_is_slow_is_named_when_it_matters(tmp_path):
 
 def watched(world: World, folder: Path) -> list:
     config = TrainConfig(tokens=1, batch_tokens=1, microbatch_rows=1, probe_every=EVERY, straggler_factor=2.0)
-    with Watch(folder, config, world, print) as watch:
+    with Watch(folder, config, world, print, "start") as watch:
         watch.begins(PHASE, 0, 0)
         found = []
         for step in range(1, 41):

@@ -132,7 +132,7 @@ def test_a_disk_that_alters_what_it_stores_is_found_before_anything_moves(tmp_pa
         return original(self, index) + (1 if index.fqn == "counts" else 0)
 
     monkeypatch.setattr(shards._PiecePlanner, "lookup_object", lying)
-    with pytest.raises(CheckpointError, match="counts read back differently") as caught:
+    with pytest.raises(StorageError, match="counts read back differently") as caught:
         save(tmp_path, 2)
     assert caught.value.remedy
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]

@@ -145,6 +145,31 @@ def test_a_kind_is_told_once_in_a_while_with_a_count_of_those_held_back():
     assert [(alarm["kind"], alarm["held_back"]) for alarm in sent] == [("spike", 0), ("router", 0), ("spike", 3)]
 
 
+def test_a_process_that_is_started_again_knows_what_was_told_and_an_end_for_good_is_told_at_once(tmp_path):
+    sent, now = [], [0.0]
+    ways = [Channel("a list", lambda message: sent.append(json.loads(message)) or "")]
+    for minute in (0, 1, 2):
+        now[0] = 60.0 * minute
+        pager = Pager(ways, 15, pytest.fail, lambda: now[0], memory=tmp_path)
+        assert pager.tell(an_alarm("crash")) == (minute == 0)
+        pager.close()
+    pager = Pager(ways, 15, pytest.fail, lambda: now[0], memory=tmp_path)
+    assert pager.tell(an_alarm("crash"), at_once=True)
+    pager.close()
+    assert [(alarm["kind"], alarm["held_back"]) for alarm in sent] == [("crash", 0), ("crash", 2)]
+
+
+@pytest.mark.parametrize(("starts", "told"), [(["a", "b"], 2), (["a", "a"], 1)])
+def test_a_crash_at_one_step_is_told_once_by_the_processes_of_one_start(tmp_path, monkeypatch, starts, told):
+    with Server([200]) as server:
+        monkeypatch.setenv(WEBHOOK, server.address)
+        for start in starts:
+            with pytest.raises(OSError), Watch(tmp_path, recipe("debug").train, World.alone(), print, start) as watch:
+                watch.begins(recipe("debug").course[0], 3, 3072)
+                raise OSError("odd")
+        assert len(server.got) == told
+
+
 def test_a_way_that_fails_is_complained_of_once_and_the_others_go_on():
     said, sent, now = [], [], [0.0]
     ways = [Channel("the webhook", lambda _: "it answered 500"), Channel("a list", lambda m: sent.append(m) or "")]
@@ -261,7 +286,10 @@ def test_a_pager_that_is_down_does_not_touch_the_run(debug_data, tmp_path, monke
 def test_a_refusing_disk_and_a_crash_are_told(tmp_path, monkeypatch, error, kind):
     with Server([200]) as server:
         monkeypatch.setenv(WEBHOOK, server.address)
-        with pytest.raises(type(error)), Watch(tmp_path, recipe("debug").train, World.alone(), pytest.fail) as watch:
+        with (
+            pytest.raises(type(error)),
+            Watch(tmp_path, recipe("debug").train, World.alone(), pytest.fail, "start") as watch,
+        ):
             watch.begins(recipe("debug").course[0], 3, 3072)
             raise error
     assert [(got["kind"], got["step"], got["sentence"]) for got in server.got] == [(kind, 3, str(error))]

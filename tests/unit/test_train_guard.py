@@ -11,13 +11,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trinity.base.durable import seal
-from trinity.base.errors import ConfigError, DataError, TrainingHalted
-from trinity.base.run import read_lines
+from trinity.base.errors import CheckpointError, ConfigError, DataError, TrainingHalted
+from trinity.base.run import MetricsLog, read_lines
 from trinity.ckpt.folder import read_checkpoint
+from trinity.ckpt.peers import ALONE
 from trinity.config.load import override
 from trinity.config.train import TrainConfig
 from trinity.recipes.table import recipe
-from trinity.train import loop
+from trinity.train import loop, rollback
 from trinity.train.board import Board
 from trinity.train.guard import Guard
 from trinity.train.settings import FREE
@@ -60,7 +61,7 @@ def test_rollbacks_to_one_checkpoint_end_the_run_though_good_steps_lie_between()
         actions.append(guard.judge(9.0, 1.0).action)
         settled(guard)
     assert actions == ["rollback", "rollback", "stop"]
-    guard.saved()
+    guard.saved(100)
     assert guard.judge(9.0, 1.0).action == "rollback", "a later checkpoint begins a new count"
 
 
@@ -171,10 +172,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("action", ["skip", "rollback"])
-def test_an_incident_right_after_a_resume_is_as_in_the_unbroken_run(debug_data, tmp_path, monkeypatch, action):
+def test_an_incident_right_after_a_resume_is_as_in_the_unbroken_run(debug_data, tmp_path, monkeypatch):
     original = loop.accumulate
-    settings = [f"train.nonfinite_action={action}", "train.tokens=9K"]
+    settings = ["train.nonfinite_action=skip", "train.tokens=9K"]
 
     def scripted(bad: set[int], killed_at: int = 0) -> None:
         monkeypatch.setattr(loop, "accumulate", original)
@@ -202,15 +202,113 @@ def test_an_incident_right_after_a_resume_is_as_in_the_unbroken_run(debug_data, 
     resumes = [line for line in killed_lines if line["kind"] == "resume"]
     assert [line["step"] for line in resumes] == [3, 3]
     assert all(line["torch"] == torch.__version__ and line["threads"] and line["code"] for line in resumes)
-
-    def untimed(lines: list[dict]) -> list[dict]:
-        return [
-            {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")}
-            for line in lines
-            if line["kind"] not in ("resume", "save")
-        ]
-
     assert untimed(killed_lines) == untimed(lines)
+
+
+def untimed(lines: list[dict]) -> list[dict]:
+    return [
+        {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")}
+        for line in lines
+        if line["kind"] not in ("resume", "save")
+    ]
+
+
+class KilledOnce:
+    """Kills the run before the n-th step's worth of data is trained on, once for each n that is named; what of the data
+    is in `bad` has a loss that is not finite, whenever it is read, or only the first time."""
+
+    def __init__(self, monkeypatch, bad: set[int], at: set[int], fleeting: bool = False) -> None:
+        self.left: set[int | str] = set(at)
+        bad = set(bad)
+        original = loop.accumulate
+
+        def accumulate(state, batches, run_config):
+            read = state.loader.trace.place.rows // 8
+            if read in self.left:
+                self.left.discard(read)
+                raise Killed
+            measured = original(state, batches, run_config)
+            if read not in bad:
+                return measured
+            if fleeting:
+                bad.discard(read)
+            return measured._replace(loss=math.nan)
+
+        monkeypatch.setattr(loop, "accumulate", accumulate)
+
+    def within(self, monkeypatch, home, name: str) -> None:
+        """And once where `home.name` is about to be called."""
+        original = getattr(home, name)
+        self.left.add(name)
+
+        def once(*arguments):
+            if name in self.left:
+                self.left.discard(name)
+                raise Killed
+            return original(*arguments)
+
+        monkeypatch.setattr(home, name, once)
+
+
+OFTEN_BACK = ["train.nonfinite_action=rollback", "train.save_every_tokens=2048", "train.tokens=8K"]
+# Steps 1-5, back from 6 to 4; 5, back from 6 to 2, with 4 abandoned; 3, 4, saved anew; back from 5 to 4; 5-8.
+BAD_READS = {6, 8, 11}
+
+
+@pytest.mark.parametrize(
+    ("at", "within"),
+    [({7}, []), pytest.param({5, 7, 8, 9, 11, 12, 13}, ["_record", "abandon", "roll_back"], marks=pytest.mark.slow)],
+)
+def test_a_run_killed_after_and_within_roll_backs_ends_as_the_unbroken_one(
+    debug_data, tmp_path, monkeypatch, at, within
+):
+    with monkeypatch.context() as patch:
+        KilledOnce(patch, BAD_READS, at=set())
+        unbroken, said, lines = run(debug_data, tmp_path / "unbroken", *OFTEN_BACK)
+    assert [sentence for sentence in said if sentence.startswith("rolled")] == [
+        f"rolled back to step {step}" for step in (4, 2, 4)
+    ]
+    # What fails no second time must not be needed again for the roll-back to hold, once that is recorded.
+    kills = KilledOnce(monkeypatch, BAD_READS, at, fleeting=not within)
+    for name in within:
+        kills.within(monkeypatch, MetricsLog if name == "roll_back" else rollback, name)
+    folder, resumed = tmp_path / "killed", 0
+    while kills.left:
+        with pytest.raises(Killed):
+            run(debug_data, folder, *OFTEN_BACK)
+        resumed += 1
+    state, _, killed_lines = run(debug_data, folder, *OFTEN_BACK)
+    assert resumed == len(at) + len(within)
+    assert state.loader.state() == unbroken.loader.state() and state.guard.state() == unbroken.guard.state()
+    for name, tensor in unbroken.model.state_dict().items():
+        assert torch.equal(tensor, state.model.state_dict()[name]), name
+    assert untimed(killed_lines) == untimed(lines)
+    assert [line["step"] for line in lines if line["kind"] == "guard"] == [6, 6, 5]
+
+
+def test_roll_backs_are_counted_over_kills_and_over_saves_that_are_no_progress(debug_data, tmp_path, monkeypatch):
+    settings = [*OFTEN_BACK, "train.max_incidents=3"]
+    kills = KilledOnce(monkeypatch, BAD_READS, at={7, 9, 11})
+    while kills.left:
+        with pytest.raises(Killed):
+            run(debug_data, tmp_path / "run", *settings)
+    with pytest.raises(TrainingHalted, match="roll-back 3 without getting further"):
+        run(debug_data, tmp_path / "run", *settings)
+
+
+def test_a_record_of_another_checkpoint_of_that_name_is_not_followed(debug_data, tmp_path, monkeypatch):
+    KilledOnce(monkeypatch, BAD_READS, at={7})
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        run(debug_data, folder, *OFTEN_BACK)
+    step_4 = folder / "checkpoints" / "step-00000004"
+    assert rollback.returned_to(folder, step_4, ALONE)
+    (folder / rollback.ROLLED_BACK).write_text("{")
+    with pytest.raises(CheckpointError, match="reads again what a roll-back left behind"):
+        rollback.returned_to(folder, step_4, ALONE)
+    record = {step_4.name: {"manifest": "of another", "loader": {}, "guard": {}}}
+    (folder / rollback.ROLLED_BACK).write_text(json.dumps(record))
+    assert rollback.returned_to(folder, step_4, ALONE) is None
 
 
 def test_another_number_of_threads_or_torch_is_said_on_resume(debug_data, tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ class Imagined:
                 continue
             self.step += 1
             if self.step % self.save_every == 0:
-                self.guard.saved()
+                self.guard.saved(self.step)
                 self.saved = (self.step, self.guard.state())
         return [action for _, action in self.actions]
 
@@ -127,7 +127,7 @@ def test_a_save_forgets_the_spikes_before_it():
     for _ in range(2):
         assert guard.judge(3.3, 1.0).action == "rollback"
         guard.rolled_back(run.saved[1])
-    guard.saved()
+    guard.saved(100)
     assert guard.judge(3.3, 1.0).action == "rollback"
 
 

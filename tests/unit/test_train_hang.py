@@ -193,7 +193,7 @@ def config(*settings):
 )  # fmt: skip
 def test_the_last_heartbeat_says_how_the_run_ended(tmp_path, error, state):
     try:
-        with Watch(tmp_path, config().train, World.alone(), pytest.fail) as watch:
+        with Watch(tmp_path, config().train, World.alone(), pytest.fail, "start") as watch:
             watch.begins(config().course[0], 4, 4096)
             watch.stepped(config().course[0], 5, 5120, 3.0, 0.1, 0.5)
             if error:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trinity.base.errors import ConfigError, TrinityError
+from trinity.base.errors import TakenError, TrinityError
 from trinity.base.units import show_bytes
 from trinity.cli.main import main
 from trinity.config.load import override
@@ -23,7 +23,7 @@ from trinity.train.state import TrainState
 
 def test_a_state_that_cannot_fit_is_refused():
     run = override(recipe("large"), ["parallel.remat=block", "parallel.expert=1", "parallel.precision=float32"])
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(TakenError) as caught:
         refuse_what_cannot_fit(run, World.alone(), pytest.fail, available=16 * 2**30)
     said = str(caught.value)
     assert "weights 1.5 TiB" in said and "16.0 GiB are free on cpu" in said
@@ -44,14 +44,14 @@ def test_a_step_that_cannot_fit_is_refused():
     ((_, needed),) = needed_by(run, World.alone())
     step = needed.peak - needed.process - needed.allocator
     assert step > 10 * (needed.weights + needed.moments + needed.staging)
-    with pytest.raises(ConfigError, match="at the peak of a step.*lower train.microbatch_rows"):
+    with pytest.raises(TakenError, match="at the peak of a step.*lower train.microbatch_rows"):
         refuse_what_cannot_fit(run, World.alone(), pytest.fail, available=round(step / 1.2))
 
 
 def test_the_copy_that_a_save_makes_counts_where_it_lies_in_the_same_memory():
     run, said = recipe("debug"), []
     ((_, needed),) = needed_by(run, World.alone())
-    with pytest.raises(ConfigError, match="copy for a checkpoint"):
+    with pytest.raises(TakenError, match="copy for a checkpoint"):
         refuse_what_cannot_fit(run, World.alone(), pytest.fail, available=needed.weights + 2 * needed.moments)
     refuse_what_cannot_fit(run, World.alone(), said.append, available=needed.peak - needed.process + needed.staging - 1)
     assert len(said) == 1
@@ -103,7 +103,7 @@ def test_nothing_is_allocated_before_a_refusal(monkeypatch, debug_data, tmp_path
 
     monkeypatch.setattr(room, "available_bytes", lambda device: 1000)
     monkeypatch.setattr(TrainState, "fresh", lambda *_: pytest.fail("the model was built"))
-    with pytest.raises(ConfigError, match="1000 B are free"):
+    with pytest.raises(TakenError, match="1000 B are free"):
         loop.train(recipe("debug"), debug_data, tmp_path / "run", lambda _: None, lambda _: None)
 
 

@@ -125,9 +125,10 @@ def test_a_disk_that_is_full_between_saves_costs_no_line(debug_data, tmp_path, m
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert state.step == 12 and [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 13))
+    unrecorded = [(4, "go on; a kill before the next save undoes it")] if action == "rollback" else []
     assert incidents(lines, "storage") == [
-        (5, f"keep the newest {WAITING:,} lines in memory until the disk takes them")
-    ]
+        (5, f"keep the newest {WAITING:,} lines in memory until the disk takes them"), *unrecorded
+    ]  # fmt: skip
     assert sum("metrics.jsonl" in sentence for sentence in told) == 1
     assert (folder / "metrics.jsonl").read_bytes().count(b"\n") == len(lines)
     assert incidents(lines, "non-finite") == ([(7, "rollback")] if action == "rollback" else [])

@@ -2,7 +2,8 @@
 
     TrinityError              one clear sentence and a remedy; the command line ends with exit code 1
     ├── UsageError            the command cannot be carried out as typed; exit code 2
-    │   └── ConfigError       an unknown key, recipe or a value that contradicts another
+    │   ├── ConfigError       an unknown key, recipe or a value that contradicts another
+    │   └── TakenError        others hold the folder or the memory that it needs, just now
     ├── DataError             a document, shard or folder that cannot be read as what it claims to be
     ├── CheckpointError       a checkpoint or model folder that is missing, altered, or of another shape
     ├── StorageError          the disk refused a write (full, read-only); nothing saved before is touched
@@ -29,6 +30,7 @@ class TrinityError(Exception):
 
     exit_code = 1
     alike = False  # every process of the run raises it: one of them need print it
+    lasting = False  # a start with nothing changed would meet it again (base/launch.py)
 
     def __init__(self, what: str, remedy: str = "") -> None:
         super().__init__(what)
@@ -41,18 +43,23 @@ class TrinityError(Exception):
 
 class UsageError(TrinityError):
     exit_code = 2
+    lasting = True
 
 
 class ConfigError(UsageError):
     pass
 
 
+class TakenError(UsageError):
+    lasting = False  # often by a process that was killed a moment ago
+
+
 class DataError(TrinityError):
-    pass
+    lasting = True
 
 
 class CheckpointError(TrinityError):
-    pass
+    lasting = True
 
 
 class StorageError(TrinityError):
@@ -61,6 +68,7 @@ class StorageError(TrinityError):
 
 class TrainingHalted(TrinityError):
     alike = True  # the guard judges figures of all processes
+    lasting = True
 
 
 class RequestError(TrinityError):

@@ -8,6 +8,7 @@ checkpoints/     see ckpt/folder.py
 """
 
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,41 +26,85 @@ HEARTBEAT = "heartbeat.json"
 WAITING = 10_000  # lines of a log that its disk refuses, kept in memory; of a step each, some ten megabytes
 
 
+_KEEP = f"keep the newest {WAITING:,} lines in memory until the disk takes them"
+
+
 class MetricsLog:
     """Append-only metrics.jsonl. Reopened at a step, it drops the lines a lost stretch of the run had written.
+
+    A roll-back goes back to a step too, but what was found on the way it leaves stays: those lines hold, as "left_at",
+    how many rows of the data had been read by then. Steps are counted again after a roll-back, rows never are, so rows
+    tell which of these lines a resumed run has behind it, and which it will write again.
 
     With `refused`, a disk that takes no line ends nothing: the first refusal is told to `refused(step, what, action)`;
     the newest WAITING lines are kept in memory and follow in their order once the disk takes them. Without it, a
     refusal is a StorageError.
     """
 
-    def __init__(self, run: Path, resume_step: int, refused: Callable[[int, str, str], None] | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        resume_step: int,
+        rows_read: int = 0,
+        refused: Callable[[int, str, str], None] | None = None,
+    ) -> None:
         self.path, self._refused, self._step, self._told = run / METRICS, refused, resume_step, False
         self._waiting: deque[bytes] = deque(maxlen=WAITING)
         self._cut: int | None = None  # length of the file without what waits, of which it may hold a part
         # A run that begins anew (resume_step 0) keeps nothing: it will write its first evaluation again.
         lines = read_lines(self.path) if self.path.exists() else ()
-        kept = [line for line in lines if 0 < resume_step >= line.get("step", 0)]
-        write_durably(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = (
+            line
+            for line in lines
+            if resume_step and (line.get("step", 0) <= resume_step or line.get("left_at", math.inf) <= rows_read)
+        )
+        write_durably(self.path, b"".join(map(_line, kept)))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line. Floats are written in full (repr), so equal runs have equal logs."""
         self._step = step
-        self._waiting.append((json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n").encode())
-        self._write_out(f"keep the newest {WAITING:,} lines in memory until the disk takes them")
+        self._waiting.append(_line({"kind": kind, "step": step, **values}))
+        self._write_out(_KEEP)
 
-    def take_back(self, step: int) -> None:
-        """Drop the lines of later steps, which are run again; the guard's lines stay. This needs no space."""
+    def leave(self, step: int, rows_read: int) -> None:
+        """The steps after `step` are about to be left behind: mark what is to stay of them. No line goes yet.
 
-        def stays(line: bytes) -> bool:
-            known = json.loads(line)
-            return known["step"] <= step or known["kind"] == "guard"
+        A disk that does not take this leaves the marks to `roll_back`.
+        """
+        self._replace([_marked(line, step, rows_read) for line in self._lines()])
 
-        lines = self.path.read_bytes()[: self._cut].splitlines(keepends=True)
-        before = list(takewhile(stays, lines))
-        self._cut = sum(map(len, before))
-        self._waiting = deque(filter(stays, (*lines[len(before) :], *self._waiting)), maxlen=WAITING)
-        self._write_out(f"keep the newest {WAITING:,} lines in memory until the disk takes them")
+    def roll_back(self, step: int, rows_read: int) -> None:
+        """The steps after `step` are run again: drop what was logged of them and is not marked to stay.
+
+        A disk that takes no whole new log has the old one cut in place, and the marked lines wait.
+        """
+        lines = [
+            line
+            for line in (_marked(line, step, rows_read) for line in self._lines())
+            if (known := json.loads(line))["step"] <= step or "left_at" in known
+        ]
+        if not self._replace(lines):
+            there = self.path.read_bytes()[: self._cut].splitlines(keepends=True)
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(there, lines, strict=False)))
+            self._cut = sum(map(len, there[:same]))
+            self._waiting = deque(lines[same:], maxlen=WAITING)
+            self._write_out(_KEEP)
+
+    def _replace(self, lines: list[bytes]) -> bool:
+        """Put these lines in place of all; whether the disk took them. What waited is among them."""
+        try:
+            write_durably(self.path, b"".join(lines))
+        except (OSError, StorageError):
+            if self._refused is None:
+                raise
+            return False
+        self._waiting.clear()
+        self._cut = None
+        return True
+
+    def _lines(self) -> list[bytes]:
+        """All lines, those that wait for the disk included."""
+        return [*self.path.read_bytes()[: self._cut].splitlines(keepends=True), *self._waiting]
 
     def close(self) -> None:
         """Write what waits, and sync the file. What the disk does not take even now is lost."""
@@ -99,11 +144,26 @@ class Unwritten:
     def write(self, kind: str, step: int, **values: Any) -> None:
         pass
 
-    def take_back(self, step: int) -> None:
+    def leave(self, step: int, rows_read: int) -> None:
+        pass
+
+    def roll_back(self, step: int, rows_read: int) -> None:
         pass
 
     def close(self) -> None:
         pass
+
+
+def _line(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, ensure_ascii=False) + "\n").encode()
+
+
+def _marked(line: bytes, step: int, rows_read: int) -> bytes:
+    """A line of the guard behind `step`, with the rows read by then; any other as it is."""
+    known = json.loads(line)
+    if known["step"] <= step or known["kind"] != "guard" or "left_at" in known:
+        return line
+    return _line({**known, "left_at": rows_read})
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from trinity.base.errors import CheckpointError
+from trinity.base.errors import CheckpointError, StorageError
 from trinity.ckpt.peers import ALONE, Peers
 
 FILE_BYTES = 4 * 10**9  # of one process in one file, about: a file is put together in memory before it is written
@@ -181,7 +181,7 @@ def compare(path: Path, pieces: dict[str, Piece]) -> None:
         for name in file.keys():  # noqa: SIM118
             found, wanted = file.get_tensor(name), pieces[name].values
             if not torch.equal(found.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8)):
-                raise CheckpointError(
+                raise StorageError(
                     f"{path}: {name} read back differently from what was written.", "The disk or memory is failing."
                 )
 

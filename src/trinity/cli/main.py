@@ -1,7 +1,8 @@
 """`trinity`: the table of commands. Nothing heavy is imported before a command needs it.
 
 A command module offers `configure(parser)`, which adds its arguments and sets `action`, a function of the parsed
-arguments. A mistake ends in one clear line with the remedy: exit code 2 for usage, 1 for failure.
+arguments. A mistake ends in one clear line with the remedy: exit code 2 for usage, 1 for failure. Under a launcher that
+starts failed processes again, what would fail again is not tried again (base/launch.py).
 """
 
 import argparse
@@ -11,6 +12,7 @@ import socket
 import sys
 from typing import NoReturn
 
+from trinity.base import launch
 from trinity.base.errors import TrinityError, nearest, out_of_memory
 
 COMMANDS = {
@@ -46,7 +48,9 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line with a remedy."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}. Try '{self.prog} --help'.\n")
+        complaint = f"{self.prog}: {message}. Try '{self.prog} --help'."
+        launch.note_end(complaint)
+        self.exit(2, f"{complaint}\n")
 
 
 def show_help() -> None:
@@ -85,6 +89,8 @@ def dispatch(arguments: list[str]) -> int:
 
 def run_command(name: str, arguments: list[str]) -> int:
     """Parse and carry out one command; turn every failure into one line and an exit code."""
+    if launch.has_ended():
+        return 1
     module_name, summary = COMMANDS[name]
     try:
         module = importlib.import_module(module_name)
@@ -100,6 +106,8 @@ def run_command(name: str, arguments: list[str]) -> int:
     except TrinityError as error:
         if os.environ.get("RANK", "0") == "0" or not error.alike:  # of what all raise the first one tells
             print(f"trinity {name}{_process()}: {error}", file=sys.stderr)
+        if error.lasting:
+            launch.note_end(f"trinity {name}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         print(f"\ntrinity {name}: interrupted. What was saved stays; the same command again goes on.", file=sys.stderr)

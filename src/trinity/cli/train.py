@@ -14,6 +14,7 @@ resumes. What decides no step's arithmetic (the guard, the cadence of saving and
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,12 @@ def train_recipe(options: argparse.Namespace) -> None:
     from trinity.train.display import TrainingDisplay
     from trinity.train.loop import train
     from trinity.train.saver import peers_of
+    from trinity.train.watch import tell_of_no_start
 
-    with joined_world(config, reached(options.out)) as world:
+    def missed(error: Exception) -> None:
+        tell_of_no_start(options.out, config.train, error, lambda sentence: print(sentence, file=sys.stderr))
+
+    with joined_world(config, reached(options.out), missed) as world:
         data = options.data or (Path(config.own_data) if config.own_data else None)
         data = data or _given_or_embedded(options, config, peers_of(world))
         with TrainingDisplay(config.horizon, world.is_first) as display:

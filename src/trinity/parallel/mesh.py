@@ -13,7 +13,7 @@ RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -185,21 +185,24 @@ def check_rows(phase: Phase, context: int, readers: int) -> None:
 
 
 @contextmanager
-def joined_world(config: RunConfig, tokens: int = 0) -> Iterator[World]:
+def joined_world(
+    config: RunConfig, tokens: int = 0, missed: Callable[[Exception], None] = lambda _: None
+) -> Iterator[World]:
     """This process's place among those of the launcher; the process group lives as long as the block.
 
-    tokens: those that a run to be resumed has behind it (ckpt/folder.py, `reached`).
-
     What one process cannot do is refused by all, before they wait for each other.
+    tokens: those that a run to be resumed has behind it (ckpt/folder.py, `reached`). missed: is told why the processes
+    did not come together, while the launcher still lets them all live.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 and config.parallel.precision == "float32":
-        layout(config, 1, tokens)
-        yield World.alone(device_of(config.parallel))
-        return
-    # One process too: FSDP2 keeps the float32 master weights of a bfloat16 run.
-    room = Room(HashStore(), 0, 1) if size == 1 else room_of_this_start(COLLECTIVE_TIMEOUT)
+    size, room, joined = int(os.environ.get("WORLD_SIZE", "1")), None, False
     try:
+        if size == 1 and config.parallel.precision == "float32":
+            layout(config, 1, tokens)
+            device, joined = device_of(config.parallel), True
+            yield World.alone(device)
+            return
+        # One process too: FSDP2 keeps the float32 master weights of a bfloat16 run.
+        room = Room(HashStore(), 0, 1) if size == 1 else room_of_this_start(COLLECTIVE_TIMEOUT)
         with noticing_lost_peers():
             found, device = settle(room, lambda: _place(config, size, tokens))
             dist.init_process_group(
@@ -210,9 +213,13 @@ def joined_world(config: RunConfig, tokens: int = 0) -> Iterator[World]:
                 world_size=size,
             )
             agree_on_start(config)  # before the meshes: they already take the same layout for granted
-            yield world_of(found, room.rank, device)
-    except TrinityError as error:
-        if error.alike:
+            world = world_of(found, room.rank, device)
+            joined = True
+            yield world
+    except Exception as error:
+        if not joined:
+            missed(error)
+        if room is not None and getattr(error, "alike", False):
             let_the_first_tell(room)
         raise
     finally:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -30,7 +31,7 @@ _WAITING = 100  # alarms that wait to be sent; more are dropped
 
 
 class Alarm(NamedTuple):
-    kind: str  # spike, non-finite, router, replicas, straggler, hang, halt, storage or test
+    kind: str  # spike, non-finite, router, replicas, straggler, hang, crash, halt, storage or test
     sentence: str
     action: str  # what the run did about it
     run: str
@@ -139,35 +140,48 @@ class Webhook:
 
 
 class Pager:
-    """Sends alarms, each kind at most once in `quiet_minutes`; those held back are counted in the next one."""
+    """Sends alarms, each kind at most once in `quiet_minutes`; those held back are counted in the next one.
+
+    memory: a folder in which this is remembered when a launcher starts the process again.
+    """
 
     def __init__(
         self,
         ways: list[Channel],
         quiet_minutes: float,
         say: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,  # of Linux: one for all processes since the machine was started
+        memory: Path | None = None,
     ) -> None:
         self._ways, self._quiet, self._say, self._clock = ways, 60 * quiet_minutes, say, clock
+        self._memory = memory and memory / "trinity-told.json"
         self._sent: dict[str, float] = {}
         self._held: dict[str, int] = {}
+        if self._memory is not None:
+            with suppress(OSError, ValueError):
+                self._sent, self._held = json.loads(self._memory.read_text())
         self._complained: set[str] = set()
         self._lock = threading.Lock()  # a hang is told from another thread
         self._queue: queue.Queue[bytes | None] = queue.Queue(_WAITING)
         self._thread: threading.Thread | None = None
 
-    def tell(self, alarm: Alarm) -> bool:
-        """Send in the background; whether it was neither held back nor dropped because too many wait."""
+    def tell(self, alarm: Alarm, at_once: bool = False) -> bool:
+        """Send in the background; whether it was neither held back nor dropped because too many wait.
+
+        at_once: never held back.
+        """
         if not self._ways:
             return False
         with self._lock:
             now = self._clock()
             last = self._sent.get(alarm.kind)
-            if last is not None and now - last < self._quiet:
+            if last is not None and now - last < self._quiet and not at_once:
                 self._held[alarm.kind] = self._held.get(alarm.kind, 0) + 1
+                self._remember()
                 return False
             self._sent[alarm.kind] = now
             message = alarm.written(self._held.pop(alarm.kind, 0))
+            self._remember()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="pager", daemon=True)
                 self._thread.start()
@@ -185,6 +199,13 @@ class Pager:
             self._queue.put(None, timeout=seconds)
         self._thread.join(timeout=seconds)
         self._thread = None
+
+    def _remember(self) -> None:
+        if self._memory is not None:
+            aside = self._memory.with_name(f".{self._memory.name}.writing-{os.getpid()}")
+            with suppress(OSError):
+                aside.write_text(json.dumps([self._sent, self._held]))
+                os.replace(aside, self._memory)
 
     def _work(self) -> None:
         while (message := self._queue.get()) is not None:

@@ -45,15 +45,14 @@ class Progress(NamedTuple):
 
 
 class Duties:
-    """The duties of one run. `say` receives sentences for people (incidents, samples, saves)."""
+    """The duties of one run from `state` on. `say` receives sentences for people (incidents, samples, saves)."""
 
     def __init__(
         self,
         run: Path,
         data: Path,
-        tokenizer: Tokenizer,
         config: RunConfig,
-        resume_step: int,
+        state: TrainState,
         say: Callable[[str], None],
         world: World,
         saver: Saver,
@@ -61,11 +60,12 @@ class Duties:
     ) -> None:
         self.run, self.config, self.say = run, config, say
         self.world, self.saver, self.watch = world, saver, watch
-        self.metrics = MetricsLog(run, resume_step, self._log_refused) if world.is_first else Unwritten()
-        self.board = Board(run / "tensorboard" if world.is_first else None, resume_step, say)
-        self.heldout = within(heldout_documents(data), config.train.evaluate_bytes, tokenizer)
+        step = state.step
+        rows = state.loader.trace.place.rows
+        self.metrics = MetricsLog(run, step, rows, self._log_refused) if world.is_first else Unwritten()
+        self.board = Board(run / "tensorboard" if world.is_first else None, step, say)
+        self.heldout = within(heldout_documents(data), config.train.evaluate_bytes, state.loader.tokenizer)
         self.bits_per_byte: float | None = None
-        self._furthest = 0  # step of the checkpoint that was begun furthest on
 
     def log_step(self, state: TrainState, measured: Measured, rates: tuple[float, float], seconds: float) -> Progress:
         biases = state.model.expert_biases()
@@ -120,9 +120,9 @@ class Duties:
     def _log_refused(self, step: int, what: str, action: str) -> None:
         self.incident(step, Incident("storage", what, action, {}))
 
-    def rolled_back(self, step: int) -> None:
+    def rolled_back(self, step: int, rows_read: int) -> None:
         """Drop what was logged of the steps after `step`, which are run again; the guard's lines stay."""
-        self.metrics.take_back(step)
+        self.metrics.roll_back(step, rows_read)
         self.board.purge(step)
 
     def resumed(self, state: TrainState) -> None:
@@ -174,9 +174,7 @@ class Duties:
 
     def save(self, state: TrainState, last: bool) -> None:
         """A checkpoint in the background; then the pointer moves, and the old ones go. `last`: of this run."""
-        if state.step > self._furthest:  # what a branch after a roll-back saves again is no progress
-            self._furthest = state.step
-            state.guard.saved()
+        state.guard.saved(state.step)
         self._compare_replicas(state)
         self._start_save(state, f"step-{state.step:08d}", newest=True, needed=last)
 

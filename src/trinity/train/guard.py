@@ -19,8 +19,8 @@ checkpoint three times is a new level too. So is a drift of the routing met ther
 A phase that reads another mix, or takes rows or steps of another size, begins new levels and a new trend: its first 16
 steps have no spikes, and its first 100 no trend.
 
-All it reads are global figures, equal on every process, and all it knows is in the checkpoint: every process decides
-alike, and a resumed run as the unbroken one.
+All it reads are global figures, equal on every process, and all it knows is in the checkpoint and in what a roll-back
+to it records: every process decides alike, and a resumed run as the unbroken one.
 """
 
 import math
@@ -89,12 +89,12 @@ class Level:
         self.spikes.clear()
 
     def state(self) -> dict[str, list[float]]:
-        return {"good": list(self.good), "spikes": list(self.spikes)}
+        return {"good": list(self.good), "spikes": list(self.spikes), "met": list(self.met)}
 
     def load_state(self, state: dict[str, list[float]]) -> None:
         self.good = deque(state["good"], maxlen=_WINDOW)
         self.spikes = deque(state["spikes"], maxlen=_AGREEING)
-        self.met.clear()  # a resume starts from a save
+        self.met = deque(state["met"], maxlen=_AGREEING)
 
     def _sigma(self) -> float:
         mean = self.mean
@@ -115,8 +115,8 @@ class Guard:
         self.norm = Level(config.norm_spike_sigmas, smallest_sigma=0.2, largest_rise=math.log(10))  # of the logarithm
         self.trend = RouterTrend(config.router_factor)
         self.incidents = 0  # in a row
-        # Both since the last save; a resume starts from a save, so they are no part of the state.
-        self.rollbacks, self.drifts = 0, 0
+        self.rollbacks, self.drifts = 0, 0  # since the save that was furthest on
+        self.furthest = 0  # its step
         self.reads: list[int] | None = None  # what the phase of the last step reads
 
     def turn_to(self, phase: Phase) -> None:
@@ -169,11 +169,13 @@ class Guard:
         what = f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} not finite, not saved"
         return self._incident(what, "stop" if self.config.nonfinite_action == "stop" else "rollback", "non-finite")
 
-    def saved(self) -> None:
-        """A checkpoint is being written, further on than any before it."""
-        self.rollbacks, self.drifts = 0, 0
-        self.loss.met.clear()
-        self.norm.met.clear()
+    def saved(self, step: int) -> None:
+        """A checkpoint of `step` is being written. What a branch after a roll-back saves again is no progress."""
+        if step > self.furthest:
+            self.furthest = step
+            self.rollbacks, self.drifts = 0, 0
+            self.loss.met.clear()
+            self.norm.met.clear()
 
     def rolled_back(self, state: dict[str, Any]) -> None:
         """What counts as normal is again what the checkpoint knew; incidents, roll-backs and spikes stay counted."""
@@ -188,13 +190,17 @@ class Guard:
             "trend": self.trend.state(),
             "reads": self.reads,
             "incidents": self.incidents,
+            "rollbacks": self.rollbacks,
+            "drifts": self.drifts,
+            "furthest": self.furthest,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.loss.load_state(state["loss"])
         self.norm.load_state(state["norm"])
         self._load_rest(state)
-        self.incidents, self.rollbacks, self.drifts = state["incidents"], 0, 0
+        for count in ("incidents", "rollbacks", "drifts", "furthest"):
+            setattr(self, count, state[count])
 
     def _load_rest(self, state: dict[str, Any]) -> None:
         self.trend.load_state(state["trend"])

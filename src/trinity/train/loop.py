@@ -7,6 +7,7 @@ kernels add in no fixed order (atomics). How far such runs part has not been mea
 
 import fcntl
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from trinity.base.durable import make_folder, recover, refusing_disk, write_json
-from trinity.base.errors import ConfigError, DataError, TrainingHalted, UsageError
+from trinity.base.errors import ConfigError, DataError, TakenError, TrainingHalted, UsageError
 from trinity.base.run import CONFIG
 from trinity.ckpt.folder import newest_good, reached, read_state
 from trinity.ckpt.peers import Peers
@@ -30,7 +31,7 @@ from trinity.parallel.mesh import World, check_rows, joined_world, misfits
 from trinity.train import settings
 from trinity.train.duties import Duties, Progress, due
 from trinity.train.evidence import Incident
-from trinity.train.rollback import RollBack
+from trinity.train.rollback import RollBack, returned_to
 from trinity.train.room import explaining_memory, refuse_what_cannot_fit
 from trinity.train.saver import Saver
 from trinity.train.state import TrainState
@@ -63,14 +64,13 @@ def train(
     peers = saver.peers
     with ExitStack() as stack:
         peers.first(lambda: stack.enter_context(only_user_of(run)))
-        watch = stack.enter_context(peers.together(lambda: Watch(run, config.train, world, say)))
+        start = peers.share(secrets.token_hex(4))
+        watch = stack.enter_context(peers.together(lambda: Watch(run, config.train, world, say, start)))
         stack.enter_context(noticing_lost_peers())
         stack.enter_context(explaining_memory(config, world))
         state, changed = prepare(config, data, run, say, world, peers)
         watch.begins(config.phase_at(state.tokens), state.step, state.tokens)
-        duties = peers.together(
-            lambda: Duties(run, data, state.loader.tokenizer, config, state.step, say, world, saver, watch)
-        )
+        duties = peers.together(lambda: Duties(run, data, config, state, say, world, saver, watch))
         try:
             if changed:
                 peers.together(lambda: duties.changed(state.step, changed))
@@ -154,7 +154,11 @@ def _saves_due(state: TrainState, config: RunConfig, before: int) -> tuple[list[
 
 def next_microbatches(loader: Loader, phase: Phase, world: World) -> list[Batch]:
     """This process's microbatches of the next step. Each holds the same rows whatever the number of processes."""
-    check_rows(phase, world.context_size, world.data_size)
+    try:
+        check_rows(phase, world.context_size, world.data_size)
+    except ConfigError as error:
+        error.alike = True
+        raise
     loader.turn_to(phase.corpus, phase.sequence_length)
     rounds = phase.microbatches(world.data_size)
     return [loader.next_batch(phase.microbatch_rows, world.data_rank, world.data_size) for _ in range(rounds)]
@@ -198,7 +202,11 @@ def prepare(
         say(f"later: {misfit} Go on from there under another layout (docs/guides/parallelism.md).")
     if newest is not None:
         state.restore(newest, config, peers)
-        say(f"resuming {run} at step {state.step}, {state.tokens:,} tokens")
+        again = returned_to(run, newest, peers)
+        if again is not None:
+            state.go_on_after_roll_back(again)
+        after = " after the roll-back to it" if again else ""
+        say(f"resuming {run} at step {state.step}, {state.tokens:,} tokens{after}")
     return state, changed
 
 
@@ -271,11 +279,11 @@ def _locked(lock: TextIO, run: Path) -> bool:
     return True
 
 
-def _in_use(run: Path, lock: TextIO) -> UsageError:
+def _in_use(run: Path, lock: TextIO) -> TakenError:
     lock.seek(0)
     number, _, host = lock.read().strip().partition(" ")
     named = f" ({number} on {host})" if host else ""
     remedy = "Wait for it, or use another --out."
     if host not in ("", socket.gethostname()):
         remedy += f" If {host} is gone, its file server lets go of the lock within a minute or two: try again then."
-    return UsageError(f"{run} is being trained by another process{named}.", remedy)
+    return TakenError(f"{run} is being trained by another process{named}.", remedy)

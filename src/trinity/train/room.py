@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from trinity.base.errors import ConfigError, TrinityError, out_of_memory
+from trinity.base.errors import TakenError, TrinityError, out_of_memory
 from trinity.base.units import show_bytes
 from trinity.config.run import RunConfig
 from trinity.parallel.mesh import World
@@ -38,8 +38,8 @@ _LATER = (
 def refuse_what_cannot_fit(
     config: RunConfig, world: World, say: Callable[[str], None], tokens: int = 0, available: int | None = None
 ) -> None:
-    """A ConfigError when this process's part of the state alone exceeds `available` bytes; a sentence when a step may,
-    now or in a later phase that takes more.
+    """A TakenError when this process's part of the state, or surely a step, exceeds `available` bytes; a sentence when
+    a step may, now or in a later phase that takes more.
 
     tokens: what the run has behind it. available: free bytes of the device (default: looked up).
     """
@@ -53,7 +53,7 @@ def refuse_what_cannot_fit(
     step, most = now.peak - now.process - now.allocator, now.peak + copy
     there = f"{show_bytes(free)} are free on {world.device}"
     if state > free or step > _CERTAIN * free:
-        raise ConfigError(
+        raise TakenError(
             f"This run needs {show_bytes(state)} on each process for its state alone, and about {show_bytes(most)} at "
             f"the peak of a step ({_shown(now, copy)}); {there}.",
             _REMEDY,

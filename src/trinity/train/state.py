@@ -119,6 +119,11 @@ class TrainState:
             self.loader.load_state(counters["loader"])
             self.guard.load_state(counters["guard"])
 
+    def go_on_after_roll_back(self, record: dict[str, Any]) -> None:
+        """Where a roll-back to the checkpoint that was just restored went on (train/rollback.py)."""
+        self.loader.load_state(record["loader"])
+        self.guard.load_state(record["guard"])
+
     def _refuse_another(self, counters: dict[str, Any], folder: Path, config: RunConfig) -> None:
         other = differences(counters["model_config"], to_dict(config.model))
         if other:

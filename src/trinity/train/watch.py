@@ -1,6 +1,6 @@
 """All that looks after one process of a run beside its arithmetic: heartbeat, hang alarm, stragglers, and the pager.
 
-    with Watch(run, config.train, world, say) as watch:
+    with Watch(run, config.train, world, say, start) as watch:
         watch.begins(phase, step, tokens)
         watch.loaded()
         for incident in watch.stepped(phase, step, tokens, loss, loading, seconds): ...
@@ -14,14 +14,14 @@ import math
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from trinity.base.errors import StorageError, TrainingHalted, UsageError
+from trinity.base import launch
+from trinity.base.errors import StorageError, UsageError
 from trinity.config.phases import Phase
 from trinity.config.train import TrainConfig
 from trinity.parallel.mesh import World
@@ -42,11 +42,16 @@ class Watch:
         config: TrainConfig,
         world: World,
         say: Callable[[str], None],
+        start: str,
         leave: Callable[[int], object] = os._exit,
     ) -> None:
-        """Raises what `channels` raises, in every process and before any work."""
+        """start: a name that the processes of this start of the run share with each other and with no other start.
+
+        Raises what `channels` raises, in every process and before any work.
+        """
         self._run, self._train, self._world, self._say, self._leave = run, config, world, say, leave
-        self._pager = Pager(channels(config.alarm_command), config.alarm_quiet_minutes, say)
+        self._start = start
+        self._pager = Pager(channels(config.alarm_command), config.alarm_quiet_minutes, say, memory=launch.folder())
         self._heartbeat = Heartbeat(run, world.size, say) if world.is_first else None
         self._hang = HangAlarm(run, world.rank, config.hang_minutes, self._hanging)
         self._stragglers = Stragglers(world, config.probe_every, config.straggler_factor)
@@ -144,23 +149,44 @@ class Watch:
             self._leave(EXIT_OF_A_HANG)
 
     def _failed(self, error: BaseException) -> None:
-        halted = isinstance(error, TrainingHalted)  # on every process alike
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if self._world.is_first if halted or not self._opened else self._first_to_tell("end"):
-            kind = "storage" if isinstance(error, StorageError) else "halt"
-            self._pager.tell(self._made(kind, reason, "the run has ended"))
-        self._end("halted" if halted else "failed", reason)
+        alike, lasting, reason = getattr(error, "alike", False), getattr(error, "lasting", False), _reason(error)
+        if self._world.is_first if alike or not self._opened else self._first_to_tell("end"):
+            kind, action, again = _told_of_end(error)
+            self._pager.tell(self._made(kind, reason, action), at_once=not again)
+        self._end("halted" if lasting else "failed", reason)
 
     def _first_to_tell(self, what: str) -> bool:
-        """What one process meets all will meet: whoever makes the file first tells of it, again after an hour."""
+        """What one process meets all will meet: whoever makes the file first tells of it."""
         try:
             (self._run / HANGS).mkdir(exist_ok=True)
-            (self._run / HANGS / f".{what}-{self._step:08d}-{int(time.time()) // 3600}").touch(exist_ok=False)
+            (self._run / HANGS / f".{what}-{self._start}-{self._step:08d}").touch(exist_ok=False)
         except FileExistsError:
             return False
         except OSError:
             return True  # rather twice than never
         return True
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _told_of_end(error: BaseException) -> tuple[str, str, bool]:
+    """Kind and action of the alarm, and whether the launcher will start the run again."""
+    again = launch.starts_again() and not getattr(error, "lasting", False)
+    kind = "storage" if isinstance(error, StorageError) else "crash" if again else "halt"
+    return kind, "the launcher starts it again" if again else "the run has ended", again
+
+
+def tell_of_no_start(run: Path, config: TrainConfig, error: Exception, say: Callable[[str], None]) -> None:
+    """The processes did not come together, so there is no Watch: the first one tells why."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    with suppress(UsageError):  # an alarm that cannot be sent is no reason to hide what the run met
+        pager = Pager(channels(config.alarm_command), config.alarm_quiet_minutes, say, memory=launch.folder())
+        kind, action, again = _told_of_end(error)
+        pager.tell(made_alarm(kind, _reason(error), action, run, 0, 0, 0), at_once=not again)
+        pager.close()
 
 
 def made_alarm(kind: str, sentence: str, action: str, run: Path, step: int, tokens: int, rank: int) -> Alarm:
