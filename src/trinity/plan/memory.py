@@ -248,18 +248,21 @@ def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, rec
     width, hidden, chosen = model.hidden_size, model.moe_intermediate_size, model.num_experts_per_tok
     arriving = 2 * tokens * width * size
     behind = tokens * 4 * width  # the final norm's
+    experts = sum(w.values for _, members in layer_kinds(model) for w in members if w.role == "expert") // layout.expert
+    experts = experts if layer else 0
     gate = dense = 0
     if model.num_sparse_layers:
         done = 4 * (width + 1) + chosen * size * (width + hidden) + 4 * size * hidden * model.num_shared_experts
         gate = tokens * (6 * chosen * hidden * size - done) + layer * size // 3
+        if kernels == "cpu":  # rows' gradients before they are summed, and those of the experts' weights
+            done = 4 * (width + 1) + 4 * size * hidden * model.num_shared_experts
+            gate = tokens * (size * width * (chosen + 1) - done) + size * experts
     if model.num_dense_layers:
         dense = tokens * 3 * model.intermediate_size * size
     largest = max(weight.values for weight in layer_weights(model, model.num_sparse_layers > 0))
     own = 4 * largest if layout.size == 1 else 0
     head = size * model.vocab_size * width
     # Gradients of gathered weights leave after their unit: the experts' beside the attention's inside, the rest last.
-    experts = sum(w.values for _, members in layer_kinds(model) for w in members if w.role == "expert") // layout.expert
-    experts = experts if layer else 0
     waiting = (4 + size) * (layer - experts) - recomputed
     if experts:  # copied to float32, summed over processes; their working copy is gone by then
         shards = layout.fsdp // layout.expert
