@@ -118,6 +118,9 @@ EIGHT = "model.num_hidden_layers=8"
         memory_case("large", Layout(shard=16, expert=8, microbatch_rows=1, **BFLOAT16), EIGHT, slow=True),
         memory_case("large", Layout(shard=32, expert=4, microbatch_rows=4, **BFLOAT16), EIGHT, slow=True),
         memory_case("mini", Layout(shard=16, expert=2, microbatch_rows=2, **BFLOAT16), EIGHT, slow=True),
+        memory_case("mini", Layout(shard=64, microbatch_rows=2, precision="bfloat16"), EIGHT, slow=True),
+        memory_case("large", Layout(shard=512, microbatch_rows=4, **BFLOAT16), EIGHT, slow=True),  # of 256 experts
+        memory_case("demo", Layout(replicate=2, shard=2, microbatch_rows=2)),
         memory_case("mini", Layout(replicate=2, shard=8, expert=4, microbatch_rows=1, **BFLOAT16), EIGHT, slow=True),
     ],
 )  # fmt: skip

@@ -236,8 +236,14 @@ def _mask_bytes(model: ModelConfig, layout: Layout, length: int) -> int:
 
 
 def _own_values(members: list[Weight], layout: Layout) -> int:
-    """Values of a layer when gathered: all dense weights and this process's experts."""
-    return sum(weight.values // (layout.expert if weight.role == "expert" else 1) for weight in members)
+    """Values of a layer when gathered, as padded: all dense weights and this process's experts."""
+    expert, shards = layout.expert, layout.expert_shard
+    return sum(
+        weight._replace(shape=(weight.shape[0] // expert, *weight.shape[1:])).held(shards) * shards
+        if weight.role == "expert"
+        else weight.held(layout.fsdp) * layout.fsdp
+        for weight in members
+    )
 
 
 def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, recomputed: int, kernels: Kernels) -> int:
@@ -248,8 +254,8 @@ def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, rec
     width, hidden, chosen = model.hidden_size, model.moe_intermediate_size, model.num_experts_per_tok
     arriving = 2 * tokens * width * size
     behind = tokens * 4 * width  # the final norm's
-    experts = sum(w.values for _, members in layer_kinds(model) for w in members if w.role == "expert") // layout.expert
-    experts = experts if layer else 0
+    routed = [weight for _, members in layer_kinds(model) for weight in members if weight.role == "expert"]
+    experts = _own_values(routed, layout) if layer else 0
     gate = dense = 0
     if model.num_sparse_layers:
         done = 4 * (width + 1) + chosen * size * (width + hidden) + 4 * size * hidden * model.num_shared_experts
@@ -266,11 +272,13 @@ def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, rec
     waiting = (4 + size) * (layer - experts) - recomputed
     if experts:  # copied to float32, summed over processes; their working copy is gone by then
         shards = layout.fsdp // layout.expert
-        summed = 12 if shards == 1 else max(4 + size, 4 + 4 / shards + size / 3)  # alone: divided into a third copy
+        own_grads = size * sum(weight.values for weight in routed) // layout.expert  # not padded
+        summed = 4 * experts + max(own_grads, 4 * experts // shards + own_grads // 3)
+        summed = 12 * experts if shards == 1 else summed  # alone: divided into a third copy
         beside = max(_attention_bytes(run, layout, kind, kernels) for kind in layer_patterns(model))
         beside += tokens * (4 * (width + 1) + 3 * width * size)  # the norm before the experts, and what arrives there
         inside = recomputed or max(_block_activations(run, layout, kind, kernels) for kind in layer_patterns(model))
-        waiting = max(waiting, round((summed - size) * experts) + beside - inside)
+        waiting = max(waiting, summed - size * experts + beside - inside)
     if recomputed and model.num_sparse_layers:
         waiting = max(waiting, _recomputing_bytes(run, layout, layer, experts, kernels))
     # The balance loss hands every layer's scores their gradient at the beginning of backward.
