@@ -161,7 +161,7 @@ def sleeping(world: World, folder: Path) -> dict:
     """Steps that are one collective, before which rank 1 sleeps: what it holds up shows in the others' waits alone."""
     config = TrainConfig(tokens=1, batch_tokens=1, microbatch_rows=1, probe_every=EVERY, straggler_factor=2.0)
     found, untimed = [], dist.Work.wait
-    with Watch(folder, config, world, print) as watch:
+    with Watch(folder, config, world, print, "start") as watch:
         watch.begins(PHASE, 0, 0)
         for step in range(1, EVERY * IN_A_ROW + 1):
             started = time.perf_counter()

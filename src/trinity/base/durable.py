@@ -83,7 +83,10 @@ def make_folder(folder: Path) -> None:
     """Make a folder, and what it lies in, unless they are there; the name of each one made is durable."""
     if not folder.is_dir():
         make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
         sync_folder(folder.parent)
 
 
