@@ -1,12 +1,15 @@
 """Training tokens per second beside transformers' AFMoE: the same shape, rows and optimiser on both sides, one run.
 
     python bench/training.py [RECIPE] [--rows 8] [--length 512] [--repeats 5] [--experts grouped_mm] [--heap-for-both]
+    python bench/training.py nano --device cuda --precision bfloat16 --rows 4 --length 4096 [--forced-balance]
 
 Each side lives in a process of its own, which tells its peak memory; they take turns, and medians are compared, since
 machines are shared. Seconds of wall and of processor time are both measured: on a busy machine the second says more.
 Both sides do forward, backward, clipping and the step of our Muon and AdamW. The recipe's step has many microbatches:
 its time is that of one, times their number, plus that of clipping and the optimisers, each measured by itself. The
-machine's float32 matmul rate is torch's own; the share is model FLOPs (6 x active parameters + attention) over it.
+machine's matmul rate in that precision is torch's own; the share is model FLOPs (plan/flops.py) over it. Gate and up
+are two matrices to both sides' Muon. In bfloat16 transformers' weights are bfloat16 themselves, which spares it casts
+that we make.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, for both sides alike
 
@@ -30,9 +34,11 @@ from trinity.config.run import RunConfig
 from trinity.data.loader import Batch
 from trinity.kernels.heap import keep_freed_memory
 from trinity.optim.muon import Muon
+from trinity.parallel.expert import forced_balance
+from trinity.parallel.mesh import joined_world
+from trinity.plan.flops import model_flops
 from trinity.plan.layout import Layout
 from trinity.plan.memory import rank_memory
-from trinity.plan.params import count_parameters
 from trinity.recipes.table import recipe
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update
@@ -44,12 +50,14 @@ def batch_of(config: RunConfig, rows: int, length: int) -> Batch:
 
 
 class Ours:
-    def __init__(self, config: RunConfig, experts: str) -> None:
+    def __init__(self, config: RunConfig, options: argparse.Namespace, stack: ExitStack) -> None:
         self.config = config
-        self.state = TrainState.fresh(config, None)  # type: ignore[arg-type]
+        world = stack.enter_context(joined_world(config))
+        self.state = TrainState.fresh(config, None, world)  # type: ignore[arg-type]
+        self.dispatch = forced_balance(world) if options.forced_balance else None
 
     def accumulate(self, batches: list[Batch]) -> None:
-        self.measured = accumulate(self.state, batches, self.config)
+        self.measured = accumulate(self.state, batches, self.config, self.dispatch)
 
     def update(self) -> None:
         apply_update(self.state, self.measured, self.config, (1e-4, 1e-4))
@@ -60,36 +68,47 @@ class Ours:
 
 
 class Transformers:
-    def __init__(self, config: RunConfig, experts: str) -> None:
-        values = published_config(config.model, torch.float32, 5e-4)
+    def __init__(self, config: RunConfig, options: argparse.Namespace, stack: ExitStack) -> None:
+        dtype = getattr(torch, options.precision)
+        values = published_config(config.model, dtype, 5e-4)
         kept = {key: value for key, value in values.items() if key not in ("architectures", "dtype")}
-        self.model = AfmoeForCausalLM(AfmoeConfig(**kept)).train()
-        self.model.set_experts_implementation(experts)
+        self.device = torch.device(options.device)
+        self.model = AfmoeForCausalLM(AfmoeConfig(**kept)).train().to(self.device, dtype)
+        self.model.set_experts_implementation(options.experts)
         matrices, others = [], []
+        self.halves: list[tuple[torch.Tensor, torch.Tensor]] = []  # gate and up in one parameter, and as two matrices
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
             hidden = parameter.dim() >= 2 and not any(part in name for part in ("embed", "lm_head", "router"))
+            if name.endswith("gate_up_proj"):
+                both = torch.nn.Parameter(parameter.data.unflatten(1, (2, -1)))
+                self.halves.append((parameter, both))
+                parameter = both
             (matrices if hidden else others).append(parameter)
         self.muon, self.adamw = Muon(matrices, lr=1e-4), torch.optim.AdamW(others, lr=1e-4, fused=True)
 
     def accumulate(self, batches: list[Batch]) -> None:
         for batch in batches:
-            self.model(input_ids=batch.tokens, labels=batch.tokens, use_cache=False).loss.backward()
+            tokens = batch.tokens.to(self.device)
+            self.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
 
     def update(self) -> None:
+        for whole, both in self.halves:
+            both.grad, whole.grad = whole.grad.view_as(both), None
         for optimiser in (self.muon, self.adamw):
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
 
-def serve_side(name: str, options: argparse.Namespace) -> None:
+def serve_side(name: str, options: argparse.Namespace, stack: ExitStack) -> None:
     """The process of a side: for each line on stdin a step of one and one of three microbatches, as a line of JSON."""
     config = configured(options)
-    if name == "trinity" or options.heap_for_both:
+    on_gpu = options.device == "cuda"
+    if not on_gpu and (name == "trinity" or options.heap_for_both):
         keep_freed_memory()  # as a training run of ours does
-    side = {"trinity": Ours, "transformers": Transformers}[name](config, options.experts)
+    side = {"trinity": Ours, "transformers": Transformers}[name](config, options, stack)
     batches = [batch_of(config, options.rows, options.length) for _ in range(3)]
     muon = side.muon.step
     spent: list[tuple[float, float]] = []
@@ -98,39 +117,39 @@ def serve_side(name: str, options: argparse.Namespace) -> None:
         one, update = _seconds(lambda: side.accumulate(batches[:1])), _seconds(side.update)
         three = _seconds(lambda: side.accumulate(batches))
         side.update()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated() if on_gpu else resident
         micro = [(b - a) / 2 for a, b in zip(one, three, strict=True)]
         print(json.dumps({"one": one, "micro": micro, "update": update, "muon": spent[-2], "peak": peak}), flush=True)
 
 
-def matmul_rate(size: int = 2048) -> float:
-    """Float32 FLOP/s of one large matrix product, best of five."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def matmul_rate(options: argparse.Namespace) -> float:
+    """FLOP/s of one large matrix product in the bench's precision, best of five."""
+    size = 8192 if options.device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=options.device, dtype=getattr(torch, options.precision)) for _ in "ab")
     best = min(_seconds(lambda: a @ b)[0] for _ in range(5))
     return 2 * size**3 / best
 
 
 def _seconds(work: Callable[[], object]) -> tuple[float, float]:
     """Wall seconds, and processor seconds over the threads: what they would be with nobody else on the machine."""
+    _finish()
     started, used = time.perf_counter(), time.process_time()
     work()
+    _finish()
     return time.perf_counter() - started, (time.process_time() - used) / torch.get_num_threads()
 
 
-def model_flops(config: RunConfig, rows: int, length: int) -> float:
-    """Forward and backward of one step, attention counted by what each layer sees."""
-    model = config.model
-    seen = sum(
-        length / 2 if model.is_global(layer) else min(model.sliding_window, length / 2)
-        for layer in range(model.num_hidden_layers)
-    )
-    attention = 12 * model.num_attention_heads * model.head_dim * seen
-    return rows * length * (6 * count_parameters(model).active + attention)
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def configured(options: argparse.Namespace) -> RunConfig:
-    settings = [f"data.sequence_length={options.length}", f"train.microbatch_rows={options.rows}"]
-    return override(recipe(options.recipe), settings)
+    settings = [f"data.sequence_length={options.length}", f"train.microbatch_rows={options.rows}",
+                "parallel.shard=1", "parallel.expert=1", f"parallel.device={options.device}",
+                f"parallel.precision={options.precision}"]  # fmt: skip
+    return override(recipe(options.recipe), [*settings, *options.set])
 
 
 def measured_in_turns(options: argparse.Namespace) -> dict[str, list[dict]]:
@@ -158,17 +177,22 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--experts", choices=["grouped_mm", "batched_mm", "eager"], default="grouped_mm")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="a setting of our side's recipe")
+    parser.add_argument("--forced-balance", action="store_true", help="our experts get equally many rows each")
     parser.add_argument("--heap-for-both", action="store_true", help="transformers too keeps freed memory (glibc)")
     parser.add_argument("--side", choices=["trinity", "transformers"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        return serve_side(options.side, options)
-    lines, config, rate = measured_in_turns(options), configured(options), matmul_rate()
+        with ExitStack() as stack:
+            return serve_side(options.side, options, stack)
+    lines, config, rate = measured_in_turns(options), configured(options), matmul_rate(options)
     tokens = options.rows * options.length
     microbatches = max(1, config.train.batch_tokens // tokens)
-    flops = model_flops(config, options.rows, options.length)
-    found: dict = {"recipe": options.recipe, "rows": options.rows, "length": options.length}
-    found |= {"repeats": options.repeats, "experts": options.experts, "microbatches_of_the_recipe": microbatches}
+    flops = tokens * model_flops(config.model, options.length)
+    asked = ("recipe", "rows", "length", "repeats", "experts", "device", "precision", "forced_balance", "set")
+    found: dict = {name: getattr(options, name) for name in asked} | {"microbatches_of_the_recipe": microbatches}
     found["matmul_gflops"] = round(rate / 1e9, 1)
     for clock, kind in enumerate(("wall", "processor")):
         sides = {}
@@ -190,7 +214,8 @@ def main() -> None:
         }  # fmt: skip
         found[kind] = sides | {"ratio": ratios}
     found["peak_bytes"] = {name: values[-1]["peak"] for name, values in lines.items()}
-    memory = rank_memory(config, Layout(microbatch_rows=options.rows), in_host_memory=True)
+    layout = Layout(microbatch_rows=options.rows, remat=config.parallel.remat, precision=options.precision)
+    memory = rank_memory(config, layout, in_host_memory=options.device == "cpu")
     found["planned_peak_bytes"] = memory.peak
     print(json.dumps(found, indent=1))
     return None
