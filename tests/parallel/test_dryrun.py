@@ -34,8 +34,9 @@ from trinity.train.traffic import Traffic
 
 AXES = ("replicate", "shard", "context", "expert")
 PEAK = 0.02  # of one process; a stretch with a halo holds up to 1.9 % more in a real forward pass, the others equal
+USUAL = EVERY_TIME - {"cp 4", "ep 2"}
 CASES = [pytest.param(size, settings, precision, id=f"{size} processes, {name}, {precision}",
-                      marks=() if name in EVERY_TIME - {"cp 4", "ep 2"} and (precision == "float32") == (size == 2) else pytest.mark.slow)
+                      marks=() if name in USUAL and (precision == "float32") == (size == 2) else pytest.mark.slow)
          for size, layouts in LAYOUTS.items() for name, settings in layouts.items()
          for precision in ("float32", "bfloat16")]  # fmt: skip
 REAL = [
