@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,16 @@ def test_the_published_tokenizer_is_encoded_the_same_by_transformers(real_data: 
     marks = "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
     rendered = render(messages, ours, add_generation_prompt=False).tokens
     assert theirs.encode("<|begin_of_text|>" + marks, add_special_tokens=False) == rendered
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_every_file_of_a_folder_has_the_mode_that_the_umask_gives(models: Path, tmp_path: Path, mask: int, mode: int):
+    before = os.umask(mask)
+    try:
+        assert main(["export", str(models / "base"), str(tmp_path / "exported")]) == 0
+        assert main(["import", str(tmp_path / "exported"), str(tmp_path / "imported")]) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"model.safetensors", "tokenizer.json", "manifest.json"}
+    assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in files} == {oct(mode)}
