@@ -166,9 +166,7 @@ def test_a_tokenizer_that_the_run_was_not_trained_with_is_refused(run: Path):
     config = {"config": to_dict(recipe("debug")), "tokenizer_fingerprint": fitting.fingerprint}
     (run / "config.json").write_text(json.dumps(config))
     train_bpe(["another text"] * 3, 300).save(run)
-    with pytest.raises(
-        CheckpointError, match="tokenizer.json .* is not the tokenizer that this run's model of 512 rows"
-    ):
+    with pytest.raises(CheckpointError, match="tokenizer.json .* is not the tokenizer that this run's model"):
         open_model(run)
     fitting.save(run)
     holds(open_model(run), 3)

@@ -113,7 +113,7 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 
 def open_to_readers(path: Path) -> None:
-    """Give a file the mode that the umask, or the folder, gives new files: a library made it private to this account."""
+    """Give a file that a library made private the mode that the umask, or the folder, gives new files."""
     example = path.with_name(f".{path.name}.writing-{os.getpid()}")
     example.touch()
     try:

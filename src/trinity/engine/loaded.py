@@ -4,8 +4,8 @@
     m = trinity.load("path/to/model")
     print(m.generate("def fibonacci(n):").text)
 
-A text begins as the model's tokenizer has it, here and in transformers and vLLM: with the begin mark for a model that was
-trained here, whose documents began with it; token ids are taken as they are.
+A text begins as the model's tokenizer has it, here and in transformers and vLLM: with the begin mark for a model that
+was trained here, whose documents began with it. Token ids are taken as they are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,7 +62,7 @@ class LoadedModel:
         return Engine(self.model, self.tokenizer, self.end_ids, max_active)
 
     def prompt(self, text_or_ids: str | Sequence[int]) -> tuple[int, ...]:
-        """The tokens the model reads for a text (begin mark first, if the tokenizer adds it) or for ids (as they are)."""
+        """The tokens the model reads for a text (after the begin mark, if the tokenizer adds it) or for ids, as given."""
         if isinstance(text_or_ids, str):
             mark = (self.tokenizer.bos_id,) if self.tokenizer.begins_texts else ()
             return (*mark, *self.tokenizer.encode(text_or_ids))

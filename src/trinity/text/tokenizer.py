@@ -91,7 +91,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The first 16 digits of the sha256 of the file, as if it did not say how a text begins: no id depends on it."""
+        """The first 16 digits of the sha256 of the file, whether or not it has programs put the mark before a text."""
         return hashlib.sha256(self._source.replace(self._adds_begin_mark, "null", 1).encode()).hexdigest()[:16]
 
     @cached_property

@@ -35,6 +35,7 @@ from trinity.train.room import refuse_what_cannot_fit
 from trinity.train.saver import Saver
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update, drop_update, learning_rates
+from trinity.train.supply import remarks
 from trinity.train.watch import Watch
 
 DATA_SEEN = "data_seen.json"  # in the run folder: what of the data was hashed (data/proof.py)
@@ -186,6 +187,8 @@ def prepare(
     peers.first(lambda: _make_ready(run, config, loader, data, world))
     changed = peers.together(lambda: settings.changes(run, config, loader))
     prove(loader, run, peers)
+    for remark in remarks(config, loader):
+        say(remark)
     peers.together(lambda: refuse_what_cannot_fit(config, world, say))
     if world.device.type == "cpu":
         keep_freed_memory()
