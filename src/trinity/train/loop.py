@@ -35,7 +35,7 @@ from trinity.train.room import refuse_what_cannot_fit
 from trinity.train.saver import Saver
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update, drop_update, learning_rates
-from trinity.train.supply import remarks
+from trinity.data.supply import remarks
 from trinity.train.watch import Watch
 
 DATA_SEEN = "data_seen.json"  # in the run folder: what of the data was hashed (data/proof.py)

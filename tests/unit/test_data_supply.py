@@ -16,7 +16,7 @@ from trinity.data.tokens import TokenFolder
 from trinity.recipes.table import recipe
 from trinity.text.train_bpe import train_bpe
 from trinity.train.loop import train
-from trinity.train.supply import remarks
+from trinity.data.supply import remarks
 
 
 def said_of(config, data: Path, *later: Path) -> list[str]:
@@ -35,7 +35,7 @@ def test_a_run_says_how_often_it_reads_its_text_and_which_rows_nothing_uses(debu
         train(config, debug_data, tmp_path / "run", said.append, stop)
     times = 1_000_448 / held  # whole steps
     assert f"1M tokens of the {held / 1000:.3g}K in {debug_data}: {times:.3g} times over." in said[0]
-    assert "4,096 rows of vocabulary, the tokenizer 512 entries: the other 3,584" in said[1]
+    assert "4,096 rows of vocabulary, the tokenizer 512 entries: 3,584 rows are never used" in said[1]
 
 
 def test_a_run_of_less_than_one_epoch_with_a_padded_vocabulary_says_nothing(debug_data: Path):
