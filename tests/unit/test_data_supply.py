@@ -11,12 +11,12 @@ from trinity.config.phases import PhaseConfig
 from trinity.data.documents import Document, writing_documents
 from trinity.data.loader import Loader
 from trinity.data.mix import write_mix
+from trinity.data.supply import remarks
 from trinity.data.tokenise import tokenise
 from trinity.data.tokens import TokenFolder
 from trinity.recipes.table import recipe
 from trinity.text.train_bpe import train_bpe
 from trinity.train.loop import train
-from trinity.data.supply import remarks
 
 
 def said_of(config, data: Path, *later: Path) -> list[str]:

@@ -26,6 +26,6 @@ def remarks(config: RunConfig, loader: Loader) -> Iterator[str]:
     rows, entries = config.model.vocab_size, loader.tokenizer.vocab_size
     if rows - entries > _PADDING * rows:
         yield (
-            f"The model has {rows:,} rows of vocabulary, the tokenizer {entries:,} entries: {rows - entries:,} rows are "
-            "never used (model.vocab_size)."
+            f"The model has {rows:,} rows of vocabulary, the tokenizer {entries:,} entries: {rows - entries:,} rows "
+            "are never used (model.vocab_size)."
         )

@@ -62,7 +62,7 @@ class LoadedModel:
         return Engine(self.model, self.tokenizer, self.end_ids, max_active)
 
     def prompt(self, text_or_ids: str | Sequence[int]) -> tuple[int, ...]:
-        """The tokens the model reads for a text (the begin mark first, if the tokenizer adds it) or for ids (as given)."""
+        """The tokens the model reads for a text (begin mark first, if the tokenizer adds one) or for ids (as given)."""
         if isinstance(text_or_ids, str):
             mark = (self.tokenizer.bos_id,) if self.tokenizer.begins_texts else ()
             return (*mark, *self.tokenizer.encode(text_or_ids))

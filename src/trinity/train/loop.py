@@ -23,6 +23,7 @@ from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
 from trinity.data.loader import Batch, Loader
 from trinity.data.proof import Seen, altered_data, read_seen
+from trinity.data.supply import remarks
 from trinity.kernels.heap import keep_freed_memory
 from trinity.parallel.agree import agree
 from trinity.parallel.lost import noticing_lost_peers
@@ -35,7 +36,6 @@ from trinity.train.room import refuse_what_cannot_fit
 from trinity.train.saver import Saver
 from trinity.train.state import TrainState
 from trinity.train.step import accumulate, apply_update, drop_update, learning_rates
-from trinity.data.supply import remarks
 from trinity.train.watch import Watch
 
 DATA_SEEN = "data_seen.json"  # in the run folder: what of the data was hashed (data/proof.py)
