@@ -20,7 +20,7 @@ from trinity.train.loop import train
 
 
 def said_of(config, data: Path, *later: Path) -> list[str]:
-    return list(remarks(config, Loader(data, config.data, 1, later)))
+    return list(remarks(config, Loader(data, config.data, 1, {str(path): path for path in later})))
 
 
 def test_a_run_says_how_often_it_reads_its_text_and_which_rows_nothing_uses(debug_data: Path, tmp_path: Path):
