@@ -124,7 +124,7 @@ class LoadedModel:
         gather(pieces, len(prompt))
         following = [entry.logprob for piece in pieces for entry in piece.prompt_logprobs]
         marked = isinstance(text_or_ids, str) and self.tokenizer.begins_texts
-        return following if marked else [None, *following]
+        return [*following] if marked else [None, *following]
 
     def _answer(
         self, prompt: tuple[int, ...], max_new_tokens: int, temperature: float, sampling: dict[str, Any]
