@@ -20,7 +20,7 @@ help:
 	@echo "make bench     measurements beside other programs (bench/)"
 	@echo "make lab       studies (lab/)"
 	@echo "make docs      check that what the documents say is so"
-	@echo "make clean     remove what runs and tests left behind; .venv stays"
+	@echo "make clean     remove what builds and tests left behind; .venv, the demo, runs and keys stay"
 
 setup: $(READY)
 
@@ -31,6 +31,7 @@ $(READY): pyproject.toml constraints.txt
 	       "Try: make setup PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/pip || { $(PYTHON) -m venv $(VENV) || { \
 	  echo "python3 -m venv failed: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }; }
+	@echo "Installing the environment into $(VENV): a minute or two, about 2 GB."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sign,dev]'
 	@touch $(READY)
@@ -68,5 +69,5 @@ docs: setup
 	$(BIN)/pytest -v tests/law/test_docs.py
 
 clean:
-	rm -rf demo walk runs build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf walk build dist .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

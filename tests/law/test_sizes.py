@@ -15,7 +15,7 @@ CEILINGS = {
     "balance": 280,
     "base": 840,
     "ckpt": 1300,
-    "cli": 2600,
+    "cli": 2660,
     "config": 900,
     "data": 3200,
     "engine": 850,

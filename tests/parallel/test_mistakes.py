@@ -77,7 +77,7 @@ def one_is_mistaken(data: Path, out: Path, ports: list[int]) -> None:
         scene("log")
 
 
-def broken(self: object, folders: object) -> None:
+def broken(self: object, first: object, later: object) -> None:
     raise ZeroDivisionError("of ours")
 
 
@@ -100,7 +100,7 @@ def said(debug_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     [
         ("pager", "On process 1 on HOST: train.alarm_command names 'our-pager', which is no program here.", 2),
         ("gpu", "On process 1 on HOST: There is no GPU that torch can use.", 2),
-        ("recipe", "On process 1 on HOST: There is no readable recipe at ", 2),
+        ("recipe", "On process 1 on HOST: There is no recipe file ", 2),
         ("typo", "Unknown key 'train.toknes'. Did you mean 'tokens'?", 2),
         ("data", "On process 1 on HOST: ", 1),
         ("lock", "is being trained by another process", 2),
@@ -116,6 +116,7 @@ def test_a_mistake_of_one_process_is_told_once(said, scene: str, told: str, code
 
 def test_a_defect_is_told_as_one_where_it_happened_and_its_process_named(said):
     first, second = said["defect"]
+    assert first.startswith("Loading torch on 2 processes.\nJoining 2 processes.\n"), "a sign of life"
     assert f"On process 1 on {socket.gethostname()}: ZeroDivisionError: of ours." in first and "a defect" not in first
     assert "unexpected ZeroDivisionError: of ours" in second and "This is a defect of trinity" in second
 

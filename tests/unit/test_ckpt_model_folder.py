@@ -2,17 +2,23 @@
 
 import json
 import os
+import re
+import shutil
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import trinity
 from trinity.base.durable import unsealed_differences
 from trinity.base.lineage import write_lineage
+from trinity.ckpt.folder import save_checkpoint, stage
 from trinity.ckpt.model_folder import copy_model_files, write_model_folder
 from trinity.ckpt.opened import open_model
 from trinity.cli.main import main
+from trinity.config.load import to_dict
 from trinity.model.init import build_model
 from trinity.recipes.table import recipe
 from trinity.text.chat import render
@@ -176,3 +182,72 @@ def test_the_published_tokenizer_is_encoded_the_same_by_transformers(real_data: 
     marks = "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
     rendered = render(messages, ours, add_generation_prompt=False).tokens
     assert theirs.encode("<|begin_of_text|>" + marks, add_special_tokens=False) == rendered
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_every_file_of_a_folder_has_the_mode_that_the_umask_gives(models: Path, tmp_path: Path, mask: int, mode: int):
+    before = os.umask(mask)
+    try:
+        assert main(["export", str(models / "base"), str(tmp_path / "exported")]) == 0
+        assert main(["import", str(tmp_path / "exported"), str(tmp_path / "imported")]) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"model.safetensors", "tokenizer.json", "manifest.json"}
+    assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in files} == {oct(mode)}
+
+
+def unmarked(folder: Path) -> str:
+    """The tokenizer.json of a folder as it would be published: without a word on how a text begins."""
+    return re.sub('"post_processor": {.*}', '"post_processor": null', (folder / "tokenizer.json").read_text())
+
+
+@pytest.mark.parametrize("says", [None, True, False])
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_prompt_has_the_ids_that_transformers_gives_it(models: Path, tmp_path: Path, marked: bool, says: bool | None):
+    """marked: as we train tokenizers; not marked: as the published one is known. says: add_bos_token of the folder,
+    which transformers does not heed where there is a tokenizer.json."""
+    from transformers import AutoTokenizer
+
+    source = tmp_path / "download"
+    shutil.copytree(models / "base", source)
+    ours = Tokenizer.load(source)
+    assert ours.begins_texts
+    if not marked:
+        Tokenizer(unmarked(source), "unmarked").save(source)
+    if says is not None:
+        config = json.loads((source / "tokenizer_config.json").read_text())
+        (source / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": says}))
+    assert main(["import", str(source), str(tmp_path / "imported")]) == 0
+    assert main(["export", str(tmp_path / "imported"), str(tmp_path / "exported")]) == 0
+    for folder in (source, tmp_path / "imported", tmp_path / "exported"):
+        theirs, loaded = AutoTokenizer.from_pretrained(folder), trinity.load(folder)
+        for text in ("def f", " leading", "1234567 89"):
+            assert theirs(text)["input_ids"] == list(loaded.prompt(text)), (folder, text)
+        assert loaded.generate("def f", max_new_tokens=1).prompt_tokens == marked + len(ours.encode("def f"))
+        assert len(loaded.score("def f")) == len(ours.encode("def f"))
+        chat = [{"role": "user", "content": "What is 1 + 1?"}]
+        found = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert found == list(loaded.chat_prompt(chat)), folder
+
+
+def test_a_run_has_the_begin_mark_whatever_tokenizer_it_was_given(debug_data: Path, tmp_path: Path):
+    """Its documents began with the mark; a tokenizer that was published without would not say so to other programs."""
+    given = Tokenizer(unmarked(debug_data), "given")
+    given.save(tmp_path / "run")
+    assert not given.begins_texts and given.fingerprint == Tokenizer.load(debug_data).fingerprint
+    state = {"step": 1, "model_config": to_dict(recipe("debug").model)}
+    model = build_model(recipe("debug").model, 1)
+    save_checkpoint(tmp_path / "run", "step-00000001", stage(model.state_dict(), {}, state))
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
+    for place in ("run", "exported"):
+        assert trinity.load(tmp_path / place).prompt("x")[0] == given.bos_id
+    assert (tmp_path / "exported" / "tokenizer.json").read_bytes() == (debug_data / "tokenizer.json").read_bytes()
+
+
+def test_a_post_processor_of_another_kind_gives_way(debug_data: Path):
+    source = json.loads((debug_data / "tokenizer.json").read_text())
+    source["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    strange = Tokenizer(json.dumps(source), "strange")
+    assert not strange.begins_texts and strange.with_begin_mark().begins_texts
+    assert strange.with_begin_mark().encode("def f") == strange.encode("def f")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trinity.base.durable import seal
 from trinity.base.errors import CheckpointError, TrinityError, UsageError
 from trinity.base.lineage import write_lineage
 from trinity.ckpt.folder import save_checkpoint, stage
@@ -18,6 +19,7 @@ from trinity.model.init import build_model
 from trinity.model.transformer import Transformer
 from trinity.recipes.table import recipe
 from trinity.text.tokenizer import Tokenizer
+from trinity.text.train_bpe import train_bpe
 
 
 def model_at(step: int) -> Transformer:
@@ -157,3 +159,31 @@ def test_the_bias_step_of_the_run_reaches_the_exported_config(made: Path, tmp_pa
     )
     assert json.loads((tmp_path / "config.json").read_text())["load_balance_coeff"] == opened.load_balance_coeff
     assert open_model(tmp_path).load_balance_coeff == opened.load_balance_coeff
+
+
+def test_a_tokenizer_that_the_run_was_not_trained_with_is_refused(run: Path):
+    fitting = Tokenizer.load(run)
+    config = {"config": to_dict(recipe("debug")), "tokenizer_fingerprint": fitting.fingerprint}
+    (run / "config.json").write_text(json.dumps(config))
+    train_bpe(["another text"] * 3, 300).save(run)
+    with pytest.raises(CheckpointError, match="tokenizer.json .* is not the tokenizer that this run's model"):
+        open_model(run)
+    fitting.save(run)
+    holds(open_model(run), 3)
+    train_bpe([path.read_text() for path in Path(json.__file__).parent.glob("*.py")], 600).save(run)
+    (run / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="600 entries"):
+        open_model(run)
+
+
+@pytest.mark.parametrize("changed", [{"config": {"model": {"vocab_size": 4096}}}, {"data_of_phases": ["other"]}])
+def test_a_checkpoint_that_another_run_made_is_refused(run: Path, changed: dict):
+    folder = run / "checkpoints" / "step-00000003"
+    state = json.loads((folder / "state.json").read_text()) | {"data_fingerprint": "mine"}
+    (folder / "state.json").write_text(json.dumps(state))
+    seal(folder)
+    (run / "config.json").write_text(json.dumps({"data_of_phases": ["mine"]}))
+    holds(open_model(run), 3)
+    (run / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match="step-00000003 is a checkpoint of another run than"):
+        open_model(run)

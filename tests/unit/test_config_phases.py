@@ -63,14 +63,14 @@ def test_a_course_is_whole_steps_without_a_gap(run: RunConfig):
 
 @given(runs())
 def test_each_phase_reads_the_folder_last_named(run: RunConfig):
-    folders, last = ["", *run.mixes], run.own_data
+    folders, last = ["", *run.mixes.values()], run.own_data
     if last:
         folders[0] = last
     asked = {phase.name: phase.mix for phase in run.phases} | {"extension": run.extension.mix}
     for phase in run.course:
         last = asked.get(phase.name) or last
         assert folders[phase.corpus] == last
-    assert len(set(run.mixes)) == len(run.mixes) and run.own_data not in run.mixes
+    assert len(set(run.mixes.values())) == len(run.mixes) and run.own_data not in run.mixes.values()
 
 
 @given(runs(), st.floats(0, 1))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,27 @@ def test_a_run_refuses_altered_data_at_its_start_and_when_it_goes_on(tmp_path, c
     assert main(command) == 1
     told = capsys.readouterr().err
     assert f"{shard} was altered" in told and "Traceback" not in told
+
+
+def test_a_damaged_tokenizer_is_named_as_such(debug_data, tmp_path, capsys):
+    """By a run that goes on too, which would else take it for another one: its name changes with any byte of it."""
+    from trinity.cli.main import main
+    from trinity.data.loader import Loader
+    from trinity.parallel.mesh import World
+    from trinity.recipes.table import recipe
+    from trinity.train import settings
+
+    data, run = Path(shutil.copytree(debug_data, tmp_path / "tokens")), tmp_path / "run"
+    config = recipe("debug")
+    run.mkdir()
+    settings.begin(run, config, Loader(data, config.data, config.train.seed), data, World.alone())
+    tokenizer = data / "tokenizer.json"
+    whole = tokenizer.read_bytes()
+    for damaged in (whole.replace(b'"th', b'"tx', 1), whole[:-9] + b"x" * 9):
+        assert len(damaged) == len(whole) and damaged != whole
+        tokenizer.write_bytes(damaged)
+        assert main(["train", "debug", "--out", str(run)]) == 1
+        told = capsys.readouterr().err
+        assert f"{tokenizer} was altered" in told and "another tokenizer" not in told
+    tokenizer.write_bytes((run / "tokenizer.json").read_bytes())
+    assert Loader(data, config.data, 1).tokenizer.fingerprint, "the remedy holds"

@@ -47,8 +47,12 @@ def phases(make: Callable[..., Path]) -> list[Path]:
     return [write_mix([(web, 0.8), (code, 0.2)], web.parent / "first").path, later, books]
 
 
+def named(*later: Path) -> dict[str, Path]:
+    return {f"phases.{number}.mix": path for number, path in enumerate(later)}
+
+
 def loader_of(phases: list[Path], seed: int = 0) -> Loader:
-    return Loader(phases[0], CONFIG, seed, phases[1:])
+    return Loader(phases[0], CONFIG, seed, named(*phases[1:]))
 
 
 def rows_of(batches: list[Batch]) -> torch.Tensor:
@@ -98,7 +102,7 @@ def test_no_phase_trains_on_what_another_holds_out(make) -> None:
     held = {document.id for folder in (few, many) for document in open_corpus(folder).heldout()}
     leaking = {id for id in held if id not in {document.id for document in open_corpus(few).heldout()}}
     assert leaking
-    loader = Loader(few, CONFIG, 0, [many])
+    loader = Loader(few, CONFIG, 0, named(many))
     trained = {
         split.document_id(place)
         for index in range(loader.corpus.num_documents)
@@ -108,16 +112,16 @@ def test_no_phase_trains_on_what_another_holds_out(make) -> None:
 
 
 def test_one_corpus_is_read_as_if_there_were_no_phases(phases) -> None:
-    alone, twice = Loader(phases[0], CONFIG, 3), Loader(phases[0], CONFIG, 3, [phases[0]])
+    alone, twice = Loader(phases[0], CONFIG, 3), Loader(phases[0], CONFIG, 3, named(phases[0]))
     assert torch.equal(alone.next_batch(50).tokens, twice.next_batch(50).tokens)
 
 
 def test_later_data_is_checked_at_the_start(phases, make, tmp_path) -> None:
-    with pytest.raises(DataError, match="is not a folder.*A later phase of this run reads it"):
-        Loader(phases[0], CONFIG, 0, [tmp_path / "nowhere"])
+    with pytest.raises(DataError, match="is not a folder.*A later phase of this run reads it.*--set phases.1.mix=$"):
+        Loader(phases[0], CONFIG, 0, named(phases[1], tmp_path / "nowhere"))
     other = make("other", 5, train_bpe(iter(["quite another text\n" * 9]), 300))
     with pytest.raises(DataError, match="different tokenizers"):
-        Loader(phases[0], CONFIG, 0, [other])
+        Loader(phases[0], CONFIG, 0, named(other))
     state = loader_of(phases).state()
     with pytest.raises(DataError, match="holds other data"):
-        Loader(phases[0], CONFIG, 0, phases[2:]).load_state(state)
+        Loader(phases[0], CONFIG, 0, named(*phases[2:])).load_state(state)

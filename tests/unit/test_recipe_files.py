@@ -90,7 +90,12 @@ def test_a_mistake_is_named_by_file_and_line(tmp_path: Path, text: str, told: st
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path, capsys):
     assert main(["train", str(tmp_path / "nowhere.toml"), "--out", str(tmp_path / "run")]) == 2
-    assert "no readable recipe" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "There is no recipe file" in told and "--write-recipe" in told and "Errno" not in told
+    (tmp_path / "folder.toml").mkdir()
+    assert main(["train", str(tmp_path / "folder.toml"), "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert "folder.toml cannot be read as a recipe: Is a directory." in told and "Errno" not in told
     assert main(["train", "debug", "--write-recipe", str(tmp_path / "recipe")]) == 2
     assert "Let it end in .toml" in capsys.readouterr().err
 

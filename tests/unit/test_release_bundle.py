@@ -272,6 +272,16 @@ def test_an_earlier_release_is_replaced_whole(run: Path, key: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_server_of_another_account_can_read_every_file(run: Path, key: Path, tmp_path: Path):
+    before = os.umask(0o022)
+    try:
+        out = release_model(run, tmp_path / "out", key, waivers=WAIVED).folder
+    finally:
+        os.umask(before)
+    private = [path.name for path in out.rglob("*") if path.is_file() and stat.S_IMODE(path.stat().st_mode) != 0o644]
+    assert not private and (out / "model.safetensors").is_file()
+
+
 def test_keys_are_private_and_never_overwritten(tmp_path: Path):
     path = tmp_path / "k.pem"
     sign.create_key(path)

@@ -139,6 +139,8 @@ def test_the_pre_tokenizer_and_marks_are_the_published_ones(published: Tokenizer
     assert pre_tokenizer() == parts["pre_tokenizer"]
     assert [(entry["content"], entry["special"]) for entry in parts["added_tokens"]] == list(ADDED_TOKENS)
     assert json.loads(_tokenizer._source)["decoder"] == parts["decoder"]
+    assert parts["post_processor"] is None and not published.begins_texts, "it leaves the begin mark to its user"
+    assert published.with_begin_mark().fingerprint == published.fingerprint
     vocabulary = parts["model"]["vocab"]
     ours = json.loads(_tokenizer._source)["model"]["vocab"]
     assert sorted(vocabulary, key=vocabulary.__getitem__)[:288] == sorted(ours, key=ours.__getitem__)[:288]

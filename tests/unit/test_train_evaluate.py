@@ -13,6 +13,7 @@ from rich.console import Console
 from trinity.data.mix import HeldoutDocument
 from trinity.model.loss import IGNORED
 from trinity.text.tokenizer import Tokenizer
+from trinity.train import display
 from trinity.train.display import TrainingDisplay
 from trinity.train.duties import Progress, due, within
 from trinity.train.evaluate import Score, overlapping_rows, score_documents, total
@@ -103,15 +104,24 @@ FIGURES = Progress(3, 3072, 2.5, None, 0.25, 1, 1234.5)
 
 def test_away_from_a_terminal_the_display_is_sparse_plain_lines(capsys):
     sentence = "[not markup] " + "a long sentence " * 20
-    with TrainingDisplay(4096) as display:
-        display.say(sentence)
+    with TrainingDisplay(4096) as shown:
+        shown.say(sentence)
         for tokens in (1024, 2048, 3072, 4096):
-            display.show(FIGURES._replace(tokens=tokens, bits_per_byte=2.0 if tokens > 2048 else None))
+            shown.show(FIGURES._replace(tokens=tokens, bits_per_byte=2.0 if tokens > 2048 else None))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].strip() == sentence.strip(), "a sentence is one line, however long"
     assert len(lines) == 3, "the first and the last step; those between came too soon after"
     assert lines[1].startswith(" 25.0%  loss 2.500  bits/byte -  MaxVio 0.25  dead 1  1.23K tok/s  left -")
-    assert lines[2].startswith("100.0%") and "bits/byte 2.000" in lines[2] and lines[2].endswith("left 0.0s")
+    assert lines[2].startswith("100.0%") and "bits/byte 2.000 at step 2" in lines[2] and lines[2].endswith("left 0.0s")
+
+
+def test_bits_per_byte_stand_with_the_step_they_were_measured_after(capsys, monkeypatch):
+    monkeypatch.setattr(display, "_PLAIN_SECONDS", 0.0)
+    with TrainingDisplay(8192) as shown:
+        for step, bits in enumerate((7.5, 7.5, 7.5, 6.25, 6.25), 1):
+            shown.show(FIGURES._replace(step=step, tokens=1024 * step, bits_per_byte=bits))
+    found = [line.partition("bits/byte ")[2].partition("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert found == ["7.500 at step 0"] * 3 + ["6.250 at step 3"] * 2
 
 
 def test_a_screen_that_is_a_file_on_a_full_disk_ends_nothing(monkeypatch):
@@ -126,14 +136,14 @@ def test_a_screen_that_is_a_file_on_a_full_disk_ends_nothing(monkeypatch):
 
 
 def test_on_a_terminal_the_display_is_one_live_line(capsys):
-    display = TrainingDisplay(4096)
-    display.console = Console(force_terminal=True, stderr=True, width=120, highlight=False)
-    display.live = True
-    display.bar.live.console = display.console
-    with display:
-        display.say("a sentence")
-        display.show(FIGURES)
-        display.show(FIGURES._replace(tokens=4096))
-        assert display.bar.tasks[0].completed == 4096
+    shown = TrainingDisplay(4096)
+    shown.console = Console(force_terminal=True, stderr=True, width=120, highlight=False)
+    shown.live = True
+    shown.bar.live.console = shown.console
+    with shown:
+        shown.say("a sentence")
+        shown.show(FIGURES)
+        shown.show(FIGURES._replace(tokens=4096))
+        assert shown.bar.tasks[0].completed == 4096
     shown = capsys.readouterr().err
     assert "a sentence" in shown and "loss 2.500" in shown and "100%" in shown and "left 0.0s" in shown

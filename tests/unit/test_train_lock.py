@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from trinity.base.errors import UsageError
+from trinity.cli.main import main
 from trinity.train import loop
 from trinity.train.loop import only_user_of
 
@@ -23,6 +24,29 @@ def test_a_second_user_hears_who_the_first_is_and_the_lock_ends_with_it(tmp_path
         pass
     assert f"another process ({os.getpid()} on {socket.gethostname()})" in caught.value.what
     assert caught.value.remedy == "Wait for it, or use another --out."
+    with only_user_of(tmp_path):
+        pass
+
+
+def test_a_refusal_leaves_no_folder_and_a_run_that_wrote_keeps_its_own(tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "debug", "--out", str(run), "--data", str(tmp_path / "nowhere")]) == 1
+    assert "Make one: trinity data tokenize DOCUMENTS" in capsys.readouterr().err
+    assert not run.exists()
+    with pytest.raises(KeyError), only_user_of(run):
+        (run / "config.json").write_text("{}")
+        raise KeyError
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "config.json"]
+
+
+def test_a_lock_whose_file_was_taken_away_is_no_lock(tmp_path: Path):
+    """Who waits for a folder that its user removes must not take the removed file's lock for that of the folder."""
+    waiting = (tmp_path / ".lock").open("a+")
+    with waiting:
+        (tmp_path / ".lock").unlink()
+        assert not loop._locked(waiting, tmp_path)
+        (tmp_path / ".lock").touch()
+        assert not loop._locked(waiting, tmp_path)
     with only_user_of(tmp_path):
         pass
 

@@ -186,7 +186,7 @@ def test_every_knob_of_a_phase_is_alive(life, data, unbroken, tmp_path, knob):
 
 def test_a_missing_or_foreign_folder_of_a_late_phase_is_refused_before_the_first_step(life, data, tmp_path):
     nowhere = replace(life, extension=replace(life.extension, mix=str(tmp_path / "nowhere")))
-    with pytest.raises(DataError, match="nowhere is not a folder.*A later phase"):
+    with pytest.raises(DataError, match="nowhere is not a folder.*A later phase of this run reads it .extension.mix"):
         live(nowhere, data, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 

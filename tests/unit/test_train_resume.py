@@ -1,6 +1,5 @@
 """kill -9 at any moment, the same command again: bit-identical weights. Damaged checkpoints are named, not used."""
 
-import hashlib
 import json
 import os
 import random
@@ -13,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from trinity.base.errors import ConfigError
 from trinity.base.run import read_lines
-from trinity.ckpt.shards import read_tensors
+from trinity.config.load import override
+from trinity.data.loader import Loader
+from trinity.recipes.table import recipe
+from trinity.train.settings import changes
 
 SETTINGS = ["train.tokens=24K", "train.save_every_tokens=4096", "train.evaluate_every_tokens=12288",
             "optim.decay_tokens=8K", "train.evaluate_bytes=2000", "train.sample_tokens=4", "data.sequence_length=64",
@@ -42,10 +45,11 @@ def finish(data: Path, run: Path, *more: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command(data, run, *more), capture_output=True, text=True, timeout=240)
 
 
-def weights_of(run: Path) -> str:
+def weights_of(run: Path) -> dict[str, str]:
+    """The sha256 of every file of the last checkpoint's model and optimiser."""
     last = sorted((run / "checkpoints").glob("step-*"))[-1]
-    tensors = read_tensors(last / "model")
-    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+    files = json.loads((last / "manifest.json").read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name != "state.json"}
 
 
 def start_and_kill(data: Path, run: Path, moment) -> bool:
@@ -162,6 +166,14 @@ def test_other_settings_on_the_same_folder_are_refused(debug_data, unbroken):
     done = finish(debug_data, unbroken, "optim.muon_lr=0.5")
     assert done.returncode == 2
     assert "optim.muon_lr: 0.02 -> 0.5" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_settings_beyond_the_first_five_that_differ_are_counted(debug_data, unbroken):
+    others = [f"optim.{name}=0.5" for name in ("muon_lr", "adamw_lr", "muon_momentum")]
+    others += [f"model.{name}=3" for name in ("num_experts_per_tok", "num_hidden_layers", "num_experts")]
+    config = override(recipe("debug"), [*SETTINGS, *others])
+    with pytest.raises(ConfigError, match=r"other settings: (.*; ){5}and 1 more\."):
+        changes(unbroken, config, Loader(debug_data, config.data, config.train.seed))
 
 
 def test_a_run_in_use_is_refused(debug_data, tmp_path):

@@ -16,7 +16,7 @@ from trinity.plan.layout import Layout
 from trinity.plan.memory import rank_memory
 from trinity.plan.stages import stages
 from trinity.recipes.table import recipe
-from trinity.train import loop
+from trinity.train import loop, room
 from trinity.train.room import _left_by_container, available_bytes, explaining_memory, needed_by, refuse_what_cannot_fit
 from trinity.train.state import TrainState
 
@@ -99,12 +99,22 @@ def test_a_run_that_fits_is_let_pass():
 
 
 def test_nothing_is_allocated_before_a_refusal(monkeypatch, debug_data, tmp_path):
-    from trinity.train import room
 
     monkeypatch.setattr(room, "available_bytes", lambda device: 1000)
     monkeypatch.setattr(TrainState, "fresh", lambda *_: pytest.fail("the model was built"))
     with pytest.raises(TakenError, match="1000 B are free"):
         loop.train(recipe("debug"), debug_data, tmp_path / "run", lambda _: None, lambda _: None)
+
+
+def test_of_a_model_that_is_too_large_its_size_is_said_before_anything_else(monkeypatch, tmp_path, capsys):
+    """Its layout and its mixes are not here either, which nobody can mend who has no room for it."""
+    monkeypatch.setattr(room, "available_bytes", lambda device: 32 * 2**30)
+    run = tmp_path / "run"
+    assert main(["train", "large", "--out", str(run)]) == 2
+    told = capsys.readouterr().err
+    assert "399B parameters need 4.4 TiB" in told and "32.0 GiB are free here" in told and "trinity plan large" in told
+    assert not run.exists()
+    assert main(["train", "large", "--write-recipe", str(tmp_path / "large.toml")]) == 0
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch):

@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,6 +121,16 @@ def write_durably(path: Path, content: str | bytes) -> None:
             aside.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def open_to_readers(path: Path) -> None:
+    """Give a file that a library made private the mode that the umask, or the folder, gives new files."""
+    example = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    example.touch()
+    try:
+        path.chmod(stat.S_IMODE(example.stat().st_mode))
+    finally:
+        example.unlink()
 
 
 def write_json(path: Path, value: object) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trinity.base.durable import write_json
+from trinity.base.durable import open_to_readers, write_json
 from trinity.base.errors import CheckpointError, ConfigError
 from trinity.ckpt.names import published_tensors, slot_of
 from trinity.config.load import from_dict
@@ -199,6 +199,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise _storage_error(error, path) from error
+    open_to_readers(path)  # safetensors wrote it under a temporary name, as a file of this account alone
 
 
 def _storage_error(error: SafetensorError, path: Path) -> OSError | CheckpointError:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trinity.base.errors import CheckpointError, UsageError
+from trinity.base.lineage import fingerprint
 from trinity.base.run import CONFIG
 from trinity.ckpt.folder import MODEL, STATE, check_checkpoint, newest_good
 from trinity.ckpt.hf import DEFAULT_BALANCE_COEFF, keep_precision, read_hf, read_json_object
@@ -18,7 +19,7 @@ from trinity.config.load import from_dict
 from trinity.config.model import ModelConfig
 from trinity.model.init import build_on_meta
 from trinity.model.transformer import Transformer
-from trinity.text.tokenizer import Tokenizer
+from trinity.text.tokenizer import FILE, Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -87,23 +88,49 @@ def open_model(path: Path | str, dtype: str = "float32", warn: Callable[[str], N
 
 
 def _open_checkpoint(folder: Path, run: Path, name: str, dtype: str) -> OpenedModel:
-    config = from_dict(ModelConfig, read_json_object(folder / STATE)["model_config"])
-    model = build_on_meta(config)
-    state = {
+    state = read_json_object(folder / STATE)
+    tokenizer = tokenizer_of(run, state, folder)
+    model = build_on_meta(from_dict(ModelConfig, state["model_config"]))
+    weights = {
         key: keep_precision(key, torch.empty(meta.shape, dtype=_DTYPES[dtype]), _DTYPES[dtype])
         for key, meta in model.state_dict().items()
     }
-    StoredPart(folder / MODEL).read_into(state)  # converts on the way: one copy of the weights in memory
-    model.load_state_dict(state, assign=True)
+    StoredPart(folder / MODEL).read_into(weights)  # converts on the way: one copy of the weights in memory
+    model.load_state_dict(weights, assign=True)
     return OpenedModel(
         model=model.eval().requires_grad_(False),
-        tokenizer=Tokenizer.load(run),
+        tokenizer=tokenizer,
         folder=folder,
         name=name,
         generation={},
         lineage=_json_or_empty(run / "lineage.json"),
         load_balance_coeff=_balance_coeff(run),
     )
+
+
+def tokenizer_of(run: Path, state: dict[str, Any], folder: Path) -> Tokenizer:
+    """The tokenizer of a run's checkpoint, whose `state` is given; texts begin with the mark, as its documents did.
+
+    A CheckpointError where tokenizer, checkpoint and the run's own record were not made together: what a model says
+    through a tokenizer that it was not trained with is noise.
+    """
+    tokenizer, known = Tokenizer.load(run), _json_or_empty(run / CONFIG)
+    rows, mark, data = state["model_config"]["vocab_size"], tokenizer.fingerprint, known.get("data_of_phases")
+    begun = known.get("tokenizer_fingerprint", mark)
+    if mark != begun or tokenizer.vocab_size > rows:
+        raise CheckpointError(
+            f"{run}/{FILE} ({tokenizer.vocab_size} entries, {mark}) is not the tokenizer that this run's model of "
+            f"{rows} rows was trained with{f' ({begun})' if mark != begun else ''}.",
+            "Restore it from a copy: the run's data folder holds the same file.",
+        )
+    read = data and (data[0] if len(data) == 1 else fingerprint(data))
+    model = known.get("config", {}).get("model", state["model_config"])
+    if model != state["model_config"] or (read and state.get("data_fingerprint", read) != read):
+        raise CheckpointError(
+            f"{folder} is a checkpoint of another run than {run}: its model or its data is not that of {run}/{CONFIG}.",
+            "Put it back into the run that made it: that has the tokenizer it was trained with.",
+        )
+    return tokenizer.with_begin_mark()
 
 
 def _balance_coeff(run: Path) -> float:

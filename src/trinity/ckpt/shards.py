@@ -8,6 +8,7 @@ ever unpickled. `dcp.save` and `dcp.load` themselves are not called: they have e
 one process alone with an error of their own kind, and warn where there is one process (docs/adr/0014).
 """
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,8 +95,10 @@ def _write_item(name: str, piece: Piece) -> WriteItem:
 def write_part(folder: Path, pieces: dict[str, Piece], peers: Peers = ALONE) -> list[Path]:
     """Write the tensors of which the processes hold `pieces` (the same names on all); the files of this process.
 
-    Every piece must be in memory of the CPU. Raises ValueError when the pieces do not make up whole tensors.
+    Every piece must be in memory of the CPU. Raises ValueError when the pieces do not make up whole tensors. Files hold
+    their tensors in the order of the names: an optimiser that was restored lists its own in another than a fresh one.
     """
+    pieces = dict(sorted(pieces.items()))
     writer = HuggingFaceStorageWriter(str(folder), _files_of(pieces, peers.size), save_distributed=True)
     planner = _PiecePlanner(pieces)
     planner.set_up_planner({}, is_coordinator=peers.is_first)
@@ -105,7 +108,24 @@ def write_part(folder: Path, pieces: dict[str, Piece], peers: Peers = ALONE) -> 
     plans = peers.first(lambda: writer.prepare_global_plan(planner.create_global_plan(gathered)[0]))
     plan = planner.finish_plan(peers.scatter(plans or []))
     results = peers.together(lambda: writer.write_data(plan, planner).wait())
-    return sorted({folder / result.storage_data.relative_path for result in results})
+    files = sorted({folder / result.storage_data.relative_path for result in results})
+    for path in files:
+        _order_header(path)
+    return files
+
+
+def _order_header(path: Path) -> None:
+    """Put the entries of a file's header into the order of their names; the library writes some of them in any order.
+
+    So checkpoints of equal tensors are equal files, which anyone can compare.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        ordered = json.dumps(json.loads(file.read(size)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        header = ordered.encode()
+        assert len(header) <= size, "the same entries, written without a blank, take no more room"
+        file.seek(8)
+        file.write(header.ljust(size))
 
 
 def _files_of(pieces: dict[str, Piece], processes: int) -> dict[str, int]:

@@ -30,9 +30,9 @@ def average_checkpoints(options: argparse.Namespace) -> None:
     from trinity.base.errors import UsageError
     from trinity.base.lineage import read_lineage, write_lineage
     from trinity.ckpt.average import average, latest
-    from trinity.ckpt.folder import STATE
+    from trinity.ckpt.folder import STATE, read_state
     from trinity.ckpt.model_folder import write_model_folder
-    from trinity.text.tokenizer import Tokenizer
+    from trinity.ckpt.opened import tokenizer_of
 
     if options.out.exists():
         raise UsageError(f"{options.out} exists.", "Name a folder that does not, or remove it first.")
@@ -44,9 +44,10 @@ def average_checkpoints(options: argparse.Namespace) -> None:
         if not (folder / STATE).is_file():
             raise UsageError(f"{folder} is not a checkpoint.", "Name one run folder, or checkpoints of one run.")
     run = folders[0].resolve().parent.parent
+    tokenizer = tokenizer_of(run, read_state(folders[-1]), folders[-1])
     model, made_of = average(folders, options.decay)
     with folder_aside(options.out) as aside:
-        write_model_folder(aside, model, Tokenizer.load(run), getattr(torch, options.dtype))
+        write_model_folder(aside, model, tokenizer, getattr(torch, options.dtype))
         write_lineage(
             aside,
             "average of checkpoints",

@@ -53,6 +53,7 @@ def train_recipe(options: argparse.Namespace) -> None:
     if options.test_alarm:
         _ring(options.out, config, options.json)
         return
+    _say_while_starting("Loading torch on {} processes.")
     from trinity.ckpt.folder import reached
     from trinity.parallel.mesh import joined_world
     from trinity.train.display import TrainingDisplay
@@ -63,6 +64,7 @@ def train_recipe(options: argparse.Namespace) -> None:
     def missed(error: Exception) -> None:
         tell_of_no_start(options.out, config.train, error, lambda sentence: print(sentence, file=sys.stderr))
 
+    _say_while_starting("Joining {} processes.")
     with joined_world(config, reached(options.out), missed) as world:
         data = options.data or (Path(config.own_data) if config.own_data else None)
         data = data or _given_or_embedded(options, config, peers_of(world))
@@ -78,6 +80,13 @@ def train_recipe(options: argparse.Namespace) -> None:
     print(f"Next: trinity generate {options.out} --prompt 'def '   |   trinity report {options.out} --out page.html")
 
 
+def _say_while_starting(what: str) -> None:
+    """What the first of several processes does before it has a display: many seconds, on a machine that they share."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1" and os.environ.get("RANK", "0") == "0":
+        print(what.format(size), file=sys.stderr, flush=True)
+
+
 def _configured(options: argparse.Namespace) -> Any:
     """The recipe with what --set changes. Of several processes all refuse what one of them cannot read."""
     from trinity.base.errors import TrinityError, UsageError
@@ -87,13 +96,36 @@ def _configured(options: argparse.Namespace) -> Any:
     try:
         if options.out and options.out.is_file():
             raise UsageError(f"{options.out} is a file.", "Name a folder with --out.")
-        return override(recipe(options.recipe), options.settings)
+        config = override(recipe(options.recipe), options.settings)
+        if options.out and not options.test_alarm:
+            _refuse_what_no_layout_holds(config, options.recipe)
+        return config
     except TrinityError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         from trinity.parallel.mesh import refuse_with_all
 
         refuse_with_all(error)
+
+
+def _refuse_what_no_layout_holds(config: Any, name: str) -> None:
+    """Said before all that a layout, mixes and data could be wrong in: no setting lets a model in that is too large."""
+    from trinity.base.errors import ConfigError
+    from trinity.base.units import show_bytes, show_count
+    from trinity.parallel.mesh import device_of
+    from trinity.plan.memory import training_state_bytes
+    from trinity.plan.params import count_parameters
+    from trinity.train.room import available_bytes
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    needed, free = training_state_bytes(config.model), available_bytes(device_of(config.parallel))
+    if free is not None and needed > processes * free:
+        here = show_bytes(free) + (f" on each of {processes} processes" if processes > 1 else "")
+        raise ConfigError(
+            f"{show_count(count_parameters(config.model).total)} parameters need {show_bytes(needed)} to be trained, "
+            f"for weights, gradients and moments alone; {here} are free here.",
+            f"'trinity plan {name}' finds machines that hold it; recipes debug and demo train on small ones.",
+        )
 
 
 def write_down(config: Any, path: Path) -> None:

@@ -78,6 +78,8 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
         parts, table, inside, hint = path.strip().split("."), values, values, type(config)
         for depth, part in enumerate(parts):
             table = inside
+            if len(parts) == 1 and part not in table and (whole := _settings_called(part, values)):
+                raise ConfigError(f"Unknown key '{path}'.", f"Did you mean {' or '.join(whole)}?")
             inside, hint = _inside(table, hint, ".".join(parts[:depth]), part, path)
         if is_section(hint):
             raise ConfigError(f"'{path}' is a section.", f"Set one of its keys: {', '.join(inside)}.")
@@ -85,6 +87,11 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
             raise ConfigError(f"'{path}' is a list of sections.", f"Set a key of one, such as {path}.0.name.")
         table[parts[-1]] = _as_type(hint, _literal(text.strip(), hint), path)
     return from_dict(type(config), values)
+
+
+def _settings_called(name: str, values: dict[str, Any]) -> list[str]:
+    """The settings whose last part is `name`, with their sections and in quotes."""
+    return [f"'{section}.{name}'" for section, keys in values.items() if isinstance(keys, dict) and name in keys]
 
 
 def _inside(table: Any, hint: Any, where: str, part: str, path: str) -> tuple[Any, Any]:

@@ -47,9 +47,12 @@ class RunConfig(Settings):
         return self._laid_out[0]
 
     @property
-    def mixes(self) -> tuple[str, ...]:
-        """Folders that later phases read, in the order of their numbers, from 1 (`Phase.corpus`)."""
-        return self._laid_out[1]
+    def mixes(self) -> dict[str, str]:
+        """Folders that later phases read, in the order of their numbers, from 1 (`Phase.corpus`), each under the
+        setting that first names it."""
+        naming = {f"phases.{number}.mix": phase.mix for number, phase in enumerate(self.phases)}
+        naming["extension.mix"] = self.extension.mix
+        return {next(name for name, named in naming.items() if named == mix): mix for mix in self._laid_out[1]}
 
     @property
     def own_beginning(self) -> bool:
@@ -113,9 +116,9 @@ class RunConfig(Settings):
             self._check_rows(phase)
         if self.optim.warmup_tokens + self.optim.decay_tokens > self.base_end:
             raise ConfigError(
-                f"Warm-up ({self.optim.warmup_tokens} tokens) and decay ({self.optim.decay_tokens}) do not fit a run "
-                f"of {self.base_end} tokens.",
-                "Shorten them or raise train.tokens.",
+                f"Warm-up (optim.warmup_tokens, {self.optim.warmup_tokens}) and decay (optim.decay_tokens, "
+                f"{self.optim.decay_tokens}) do not fit a run of {self.base_end} tokens.",
+                "Lower these two or raise train.tokens.",
             )
         if self.extension.tokens:
             self._check_extension()
@@ -160,10 +163,13 @@ class RunConfig(Settings):
         section, rows = ("extension", "extension") if long else ("train", "data")
         microbatch = phase.microbatch_rows * phase.sequence_length
         if phase.batch_tokens % microbatch:
+            below = phase.batch_tokens // microbatch * microbatch
+            nearest = [tokens for tokens in (below, below + microbatch) if tokens]
             raise ConfigError(
                 f"A step of {phase.batch_tokens} tokens is not a whole number of microbatches of {microbatch} "
                 f"tokens ({phase.microbatch_rows} rows of {phase.sequence_length}); phase '{phase.name}'.",
-                f"Make its batch_tokens a multiple of {section}.microbatch_rows x {rows}.sequence_length.",
+                f"Make its batch_tokens {' or '.join(map(str, nearest))}, a multiple of {section}.microbatch_rows x "
+                f"{rows}.sequence_length.",
             )
         if not long and phase.sequence_length > self.model.max_position_embeddings:
             raise ConfigError(

@@ -4,7 +4,7 @@ A source that two corpora share is one source here, whatever its weight in each,
 What any source holds out no other may train on, as in a mix; here across all corpora of the run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -17,9 +17,12 @@ from trinity.data.tokens import TokenFolder
 class Corpora:
     """Opened before the first step, all of them: what is missing or does not fit is said then and not weeks later."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        """The run's own data first. Raises DataError for a folder that cannot be read, or of another tokenizer."""
-        self.each = [open_corpus(folders[0]), *map(_later_corpus, folders[1:])]
+    def __init__(self, first: Path, later: Mapping[str, Path]) -> None:
+        """The run's own data, and those of later phases under the setting that names each.
+
+        Raises DataError for a folder that cannot be read, or of another tokenizer.
+        """
+        self.each = [open_corpus(first), *(_later_corpus(*named) for named in later.items())]
         if len(self.each) == 1:
             self.union, self._weights = self.each[0], [self.each[0].weights]
             return
@@ -50,13 +53,13 @@ class Corpora:
         return sum(source.train.num_documents for source, weight in shares if weight)
 
 
-def _later_corpus(folder: Path) -> Corpus:
+def _later_corpus(setting: str, folder: Path) -> Corpus:
     try:
         return open_corpus(folder)
     except DataError as error:
         raise DataError(
-            f"{error.what} A later phase of this run reads it.",
-            f"{error.remedy} Or leave the data as it was there: --set phases.N.mix= or extension.mix=",
+            f"{error.what} A later phase of this run reads it ({setting}).",
+            f"{error.remedy} Or leave the data as it was there: --set {setting}=",
         ) from error
 
 

@@ -179,10 +179,17 @@ def document_shards(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(promised) if name.endswith(".parquet")]
 
 
+_MADE_BY = {
+    "documents": "ingest SOURCE",
+    "tokens": "tokenize DOCUMENTS --tokenizer TOKENIZER",
+    "mix": "mix TOKENS=WEIGHT TOKENS=WEIGHT",
+}
+
+
 def promised_files(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
     """The manifest's files of a data folder of this kind, each present with its size. Raises DataError otherwise."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder.", f"Give a {kind} folder made by 'trinity data'.")
+        raise DataError(f"{folder} is not a folder.", f"Make one: trinity data {_MADE_BY[kind]} --out DIR.")
     found = folder_kind(folder)
     if found != kind:
         raise DataError(

@@ -25,7 +25,7 @@ def inspect_folder(folder: Path, samples: int = 3) -> dict[str, Any]:
     if kind == "mix":
         return inspect_mix(open_corpus(folder))
     what = "is not a data folder" if folder.exists() else "does not exist"
-    raise DataError(f"{folder} {what}.", "Give a folder made by 'trinity data ingest, tokenize or mix'.")
+    raise DataError(f"{folder} {what}.", "Give what 'trinity data ingest', 'curate', 'tokenize' or 'mix' wrote.")
 
 
 def inspect_documents(folder: Path, samples: int) -> dict[str, Any]:

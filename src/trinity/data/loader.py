@@ -5,7 +5,7 @@ fraction of a second for a step of 134M tokens, and copies the tokens of its own
 of data, configuration and seed alone, and any number of processes goes on where any other number stopped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +33,11 @@ class Loader:
     """Batches of a token or mix folder, without end. Equal folders, configuration and seed give an equal stream.
 
     The number of rows asked for at once does not change the stream: two batches of one row are one of two. `later`
-    names what `turn_to` may turn to: the data of later phases, numbered from 1.
+    names what `turn_to` may turn to: the data of later phases, numbered from 1, each by the setting that asks for it.
     """
 
-    def __init__(self, folder: Path, config: DataConfig, seed: int, later: Sequence[Path] = ()) -> None:
-        self.corpora = Corpora([folder, *later])
+    def __init__(self, folder: Path, config: DataConfig, seed: int, later: Mapping[str, Path] | None = None) -> None:
+        self.corpora = Corpora(folder, later or {})
         self.corpus = self.corpora.union
         self.tokenizer = self.corpus.tokenizer
         self.data_fingerprint = self.corpora.fingerprint

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trinity.base.durable import sha256_file
 from trinity.base.errors import DataError
 from trinity.base.lineage import fingerprint
 from trinity.data.documents import promised_files, verify_data
@@ -168,6 +169,12 @@ class TokenFolder:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """Raises DataError where its bytes are not those of the manifest: every id would mean something else."""
+        if sha256_file(self.path / FILE) != promised_files(self.path, "tokens")[FILE]["sha256"]:
+            raise DataError(
+                f"{self.path / FILE} was altered (sha256 differs from the manifest's).",
+                "Restore the file from a copy, such as the tokenizer.json of a run that read this folder.",
+            )
         return Tokenizer.load(self.path)
 
     @cached_property

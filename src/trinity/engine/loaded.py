@@ -4,7 +4,8 @@
     m = trinity.load("path/to/model")
     print(m.generate("def fibonacci(n):").text)
 
-A text is preceded by the begin mark, as documents were in training; token ids are taken as they are.
+A text begins as the model's tokenizer has it, here and in transformers and vLLM: with the begin mark for a model that
+was trained here, whose documents began with it. Token ids are taken as they are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -61,9 +62,10 @@ class LoadedModel:
         return Engine(self.model, self.tokenizer, self.end_ids, max_active)
 
     def prompt(self, text_or_ids: str | Sequence[int]) -> tuple[int, ...]:
-        """The tokens the model reads for a text (begin mark first) or for ids (as they are)."""
+        """The tokens the model reads for a text (begin mark first, if the tokenizer adds one) or for ids (as given)."""
         if isinstance(text_or_ids, str):
-            return (self.tokenizer.bos_id, *self.tokenizer.encode(text_or_ids))
+            mark = (self.tokenizer.bos_id,) if self.tokenizer.begins_texts else ()
+            return (*mark, *self.tokenizer.encode(text_or_ids))
         return tuple(int(token) for token in text_or_ids)
 
     @torch.inference_mode()
@@ -113,15 +115,16 @@ class LoadedModel:
     def score(self, text_or_ids: str | Sequence[int]) -> list[float | None]:
         """The log-probability (nats) of each token given all before it; one entry a token.
 
-        Of a text every token has one, since the begin mark precedes it (the mark itself has no entry). The first of
-        given ids has nothing before it: its entry is None.
+        Of a text that the begin mark precedes every token has one (the mark itself has no entry). The first of given
+        ids, or of a text without the mark, has nothing before it: its entry is None.
         """
         prompt = self.prompt(text_or_ids)
         request = Request(prompt=prompt, sampling=SamplingParams(max_new_tokens=0, prompt_logprobs=0))
         (pieces,) = run(self.engine(max_active=1), [request])
         gather(pieces, len(prompt))
         following = [entry.logprob for piece in pieces for entry in piece.prompt_logprobs]
-        return [*following] if isinstance(text_or_ids, str) else [None, *following]
+        marked = isinstance(text_or_ids, str) and self.tokenizer.begins_texts
+        return [*following] if marked else [None, *following]
 
     def _answer(
         self, prompt: tuple[int, ...], max_new_tokens: int, temperature: float, sampling: dict[str, Any]

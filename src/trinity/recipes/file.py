@@ -28,11 +28,18 @@ _KEY = re.compile(r"\s*([\w.-]+)\s*=")
 
 def read_recipe(path: Path, bases: dict[str, RunConfig]) -> RunConfig:
     """The recipe that a file writes down, over one of `bases`. Raises ConfigError naming file and line."""
+    if not path.exists():
+        raise ConfigError(
+            f"There is no recipe file {path}.",
+            f"Write one down with 'trinity train RECIPE --write-recipe {path}', or name a recipe: {', '.join(bases)}.",
+        )
     try:
         text = path.read_text(encoding="utf-8")
         written = tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"There is no readable recipe at {path}: {error}.", "Name a .toml file.") from error
+        raise ConfigError(
+            f"{path} cannot be read as a recipe: {getattr(error, 'strerror', error)}.", "Name a .toml file."
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}.", "Mend that line.") from error
     try:

@@ -3,6 +3,9 @@
 Ids 0..31 are the added tokens (document and chat marks), 32..287 the bytes, the rest merges. `encode` treats its text
 as data: a document that contains the characters '<|im_end|>' gets ordinary ids for them. Only `encode_with_special`,
 meant for chat templates of our own making, turns such strings into the ids they name.
+
+Whether a text that a model is to continue begins with the begin mark is the file's to say, in its post-processor: other
+programs read it there. The tokenizers that we train say so; the published one, as far as it is known, does not.
 """
 
 import codecs
@@ -47,7 +50,7 @@ class Tokenizer:
             if parts["model"]["type"] != "BPE" or (parts["decoder"] or {}).get("type") != "ByteLevel":
                 raise DataError(f"{name} is not a byte-level BPE tokenizer.", "Use one of the Trinity family.")
             # Without its added tokens the library cannot mistake a document's characters for a mark.
-            self._bpe = tokenizers.Tokenizer.from_str(json.dumps(parts | {"added_tokens": [], "post_processor": None}))
+            self._bpe = tokenizers.Tokenizer.from_str(json.dumps(parts | {"added_tokens": []}))
         except DataError:
             raise
         except Exception as error:  # the library raises bare Exceptions
@@ -88,8 +91,33 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The first 16 digits of the sha256 of the file."""
-        return hashlib.sha256(self._source.encode()).hexdigest()[:16]
+        """The first 16 digits of the sha256 of the file, whether or not it has programs put the mark before a text."""
+        return hashlib.sha256(self._source.replace(self._adds_begin_mark, "null", 1).encode()).hexdigest()[:16]
+
+    @cached_property
+    def begins_texts(self) -> bool:
+        """Whether the file has programs put the begin mark before a text."""
+        return self._bpe.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+
+    def with_begin_mark(self) -> "Tokenizer":
+        """The same tokenizer with a file that does so: where it had no post-processor, not another byte changes."""
+        if self.begins_texts:
+            return self
+        none = r'(?<!\\)("post_processor"\s*:\s*)null'
+        source, found = re.subn(none, lambda match: match[1] + self._adds_begin_mark, self._source, count=1)
+        if not found:
+            parts = json.loads(self._source) | {"post_processor": json.loads(self._adds_begin_mark)}
+            source = json.dumps(parts, ensure_ascii=False)
+        return Tokenizer(source, "the tokenizer")
+
+    @cached_property
+    def _adds_begin_mark(self) -> str:
+        """The post-processor that puts the begin mark before a text, as we write it."""
+        mark = {"SpecialToken": {"id": BEGIN_OF_TEXT, "type_id": 0}}
+        first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        ids = {"id": BEGIN_OF_TEXT, "ids": [self.bos_id], "tokens": [BEGIN_OF_TEXT]}
+        kind = {"type": "TemplateProcessing", "single": [mark, first], "pair": [mark, first, mark, second]}
+        return json.dumps(kind | {"special_tokens": {BEGIN_OF_TEXT: ids}})
 
     @cached_property
     def vocab_size(self) -> int:

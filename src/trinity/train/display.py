@@ -40,6 +40,7 @@ class TrainingDisplay:
         self.started: float | None = None
         self.start_tokens = 0
         self.last_plain = 0.0
+        self.evaluated: tuple[float | None, int] = None, 0  # bits per byte, and the step after which they were measured
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -71,6 +72,8 @@ class TrainingDisplay:
         now = time.monotonic()
         if self.started is None:
             self.started, self.start_tokens = now, progress.tokens
+        if progress.bits_per_byte != self.evaluated[0]:
+            self.evaluated = progress.bits_per_byte, progress.step - 1
         done = progress.tokens - self.start_tokens
         left = (now - self.started) / done * (self.total - progress.tokens) if done else None
         figures = self._figures(progress, left)
@@ -83,9 +86,10 @@ class TrainingDisplay:
                 print(f"{share:5.1f}%  {figures}", file=sys.stderr, flush=True)
 
     def _figures(self, progress: StepProgress, left: float | None) -> str:
-        bits = "-" if progress.bits_per_byte is None else f"{progress.bits_per_byte:.3f}"
+        bits, step = self.evaluated
+        measured = "-" if bits is None else f"{bits:.3f} at step {step}"
         return (
-            f"loss {progress.loss:.3f}  bits/byte {bits}  MaxVio {progress.max_violation:.2f}  "
+            f"loss {progress.loss:.3f}  bits/byte {measured}  MaxVio {progress.max_violation:.2f}  "
             f"dead {progress.dead_experts}  {show_count(round(progress.tokens_per_second))} tok/s  "
             f"left {'-' if left is None else show_seconds(left)}"
         )

@@ -24,6 +24,7 @@ from trinity.config.phases import Phase
 from trinity.config.run import RunConfig
 from trinity.data.loader import Batch, Loader
 from trinity.data.proof import Seen, altered_data, read_seen
+from trinity.data.supply import remarks
 from trinity.kernels.heap import keep_freed_memory
 from trinity.parallel.agree import agree
 from trinity.parallel.lost import noticing_lost_peers
@@ -194,6 +195,8 @@ def prepare(
     prove(loader, run, peers)
     newest = newest_good(run, say, peers)
     tokens = peers.together(lambda: 0 if newest is None else read_state(newest)["tokens"])
+    for remark in remarks(config, loader):
+        say(remark)
     peers.together(lambda: refuse_what_cannot_fit(config, world, say, tokens))
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -211,7 +214,7 @@ def prepare(
 
 
 def _opened(config: RunConfig, data: Path) -> Loader:
-    loader = Loader(data, config.data, config.train.seed, [Path(mix) for mix in config.mixes])
+    loader = Loader(data, config.data, config.train.seed, {name: Path(mix) for name, mix in config.mixes.items()})
     if loader.tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"The tokenizer of {data} has {loader.tokenizer.vocab_size} entries; the model has room for "
@@ -250,25 +253,40 @@ def only_user_of(run: Path) -> Iterator[None]:
 
     One that was killed a moment ago may not be quite gone: that is worth a short wait.
     """
-    with refusing_disk(run):
-        make_folder(run)
-        lock = (run / ".lock").open("a+")
-    with lock:
-        patience = time.monotonic() + _DYING_SECONDS
-        while not _locked(lock, run):
+    patience = time.monotonic() + _DYING_SECONDS
+    while True:
+        with refusing_disk(run):
+            make_folder(run)
+            lock = (run / ".lock").open("a+")
+        with lock:
+            if _locked(lock, run):
+                with refusing_disk(run):
+                    lock.truncate(0)
+                    lock.write(f"{os.getpid()} {socket.gethostname()}\n")
+                    lock.flush()
+                try:
+                    yield
+                finally:
+                    _leave_no_empty(run)
+                return
             if time.monotonic() > patience:
                 raise _in_use(run, lock)
-            time.sleep(0.1)
-        with refusing_disk(run):
-            lock.truncate(0)
-            lock.write(f"{os.getpid()} {socket.gethostname()}\n")
-            lock.flush()
-        yield
+        time.sleep(0.1)
+
+
+def _leave_no_empty(run: Path) -> None:
+    """Take away the folder of a run that was refused before it wrote anything; the lock is ours."""
+    if os.listdir(run) == [".lock"]:
+        (run / ".lock").unlink()
+        run.rmdir()
 
 
 def _locked(lock: TextIO, run: Path) -> bool:
+    """Whether this process has the lock now; not if its file was removed by the one that had it (`_leave_no_empty`)."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not (run / ".lock").exists() or not os.path.samestat(os.fstat(lock.fileno()), (run / ".lock").stat()):
+            return False
     except BlockingIOError:
         return False
     except OSError as error:

@@ -65,8 +65,9 @@ def changes(run: Path, config: RunConfig, loader: Loader) -> list[str]:
     known = begun(run)
     locked = differences(_locked(known["config"]), _locked(to_dict(config)))
     if locked:
+        more = f"; and {len(locked) - 5} more" if len(locked) > 5 else ""
         raise ConfigError(
-            f"{run} was begun with other settings: {'; '.join(locked[:5])}.",
+            f"{run} was begun with other settings: {'; '.join(locked[:5])}{more}.",
             "Give the same settings to resume, or another --out.",
         )
     before = known["data_of_phases"]
