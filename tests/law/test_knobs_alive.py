@@ -12,9 +12,9 @@ from trinity.config.run import RunConfig
 from trinity.recipes.table import recipe
 from trinity.train import loop
 
-BASE = ["train.tokens=6K", "train.batch_tokens=1024", "train.save_every_tokens=2048", "train.sample_tokens=4",
-        "train.evaluate_every_tokens=3072", "train.evaluate_bytes=3000",
-        "optim.warmup_tokens=2K", "optim.decay_tokens=2K",
+BASE = ["train.tokens=4K", "train.batch_tokens=1024", "train.save_every_tokens=1024", "train.sample_tokens=4",
+        "train.evaluate_every_tokens=2048", "train.evaluate_bytes=2000",
+        "optim.warmup_tokens=1K", "optim.decay_tokens=2K",
         "train.microbatch_rows=4", "optim.decay=cosine", "balance.sequence_loss=0.01", "balance.z_loss=0.001",
         "optim.adamw_weight_decay=0.1", "optim.clip_norm=0.5"]  # fmt: skip
 
@@ -25,15 +25,15 @@ FLIPS: dict[str, str] = {
     "model.sliding_window": "16", "model.rms_norm_eps": "0.1", "model.rope_theta": "100.0",
     "optim.muon_momentum": "0.5", "optim.adamw_beta1": "0.5", "optim.adamw_beta2": "0.5", "optim.adamw_eps": "0.1",
     "optim.newton_schulz_dtype": "bfloat16", "optim.newton_schulz_steps": "3", "optim.decay": "linear",
-    "optim.final_lr_fraction": "0.5", "optim.clip_norm": "0.01",
+    "optim.final_lr_fraction": "0.5", "optim.decay_tokens": "1K", "optim.clip_norm": "0.01",
     "balance.rule": "sign", "balance.smebu_beta": "0.9",
     "data.buffer_documents": "3", "data.sequence_length": "64",
-    "train.seed": "1", "train.batch_tokens": "2048", "train.microbatch_rows": "8", "train.tokens": "8K",
+    "train.seed": "1", "train.batch_tokens": "2048", "train.microbatch_rows": "8", "train.tokens": "6K",
     "train.keep_every_tokens": "2K",
     "train.sample_tokens": "0", "train.save_every_tokens": "0", "train.evaluate_bytes": "9000",
 }  # fmt: skip
 
-# Knobs that a healthy run of six steps cannot show, and where they are shown instead.
+# Knobs that a healthy run of four steps cannot show, and where they are shown instead.
 ELSEWHERE = {
     "name": "a label; it is written into lineage.json",
     "model.max_position_embeddings": "a bound: tests/unit/test_config_loading.py refuses longer rows",
