@@ -81,8 +81,9 @@ class Saver:
         assert self._going is None, "wait for the save before"
         began = time.perf_counter()
         staged = state.staged(self.config)
-        self._going = _Save(self, staged, name, newest, needed, pause=time.perf_counter() - began)
-        self._going.start()
+        save = _Save(self, staged, name, newest, needed, pause=time.perf_counter() - began)
+        save.start()
+        self._going = save  # now that it can be waited for: Ctrl-C may come at any line
 
     def poll(self) -> Saved | Failed | None:
         """What the log says of the save, once it has ended on all processes. Raises what `wait` raises."""
