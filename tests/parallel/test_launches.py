@@ -37,7 +37,7 @@ def test_a_stop_of_the_guard_ends_the_launch_and_a_person_may_go_on(debug_data, 
     ended, alarms = launched(debug_data, run, *STOPS)
     assert ended.returncode == 1, "the scheduler must see a failure"
     said = [line for line in ended.stderr.splitlines() if "trinity train: Training stopped at step" in line]
-    assert len(said) == 3, "by the first process, and by the launcher as what each of the two died of"
+    assert len(said) in (2, 3), "by the first process, and by the launcher as what one or both died of"
     assert sum(line.startswith("trinity train:") for line in said) == 1
     assert "resuming" not in ended.stdout + ended.stderr
     (alarm,) = alarms

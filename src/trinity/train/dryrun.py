@@ -11,7 +11,7 @@ from the second one on, when gradients of the first are there.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -61,6 +61,7 @@ def rehearse(
     A ConfigError when the layout does not divide, a UsageError for a rank that there is not.
     """
     started = time.perf_counter()
+    config = replace(config, parallel=replace(config.parallel, compile=False))  # changes speed alone
     found = layout(config, processes)
     if not 0 <= rank < processes:
         raise UsageError(f"There is no rank {rank} among {processes}.", f"Take one from 0 to {processes - 1}.")
