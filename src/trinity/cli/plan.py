@@ -13,6 +13,7 @@ Example:
 """
 
 import argparse
+import sys
 from typing import Any
 
 FIXED = ("replicate", "shard", "context", "expert", "remat", "precision")
@@ -51,8 +52,6 @@ def plan(options: argparse.Namespace) -> None:
             raise UsageError(f"'{path}' would hold a {kind[1:].upper()} file.", f"Give it a name that ends in {kind}.")
     found = planned(options)
     if options.plot or options.page:
-        import sys
-
         from trinity.cli.plan_page import save_plan_page, save_plan_picture
 
         for path, save in ((options.plot, save_plan_picture), (options.page, save_plan_page)):
@@ -103,7 +102,8 @@ def compared_with(text: str) -> list[Any]:
         if name == "all":
             found |= PEERS
         elif name in RECIPES or name.endswith(".toml"):
-            found[name] = as_peer(recipe(name).name, recipe(name).model)
+            run = recipe(name)
+            found[name] = as_peer(run.name, run.model)
         else:
             found[name] = peer(name)
     return list(found.values())

@@ -237,13 +237,8 @@ def _mask_bytes(model: ModelConfig, layout: Layout, length: int) -> int:
 
 def _own_values(members: list[Weight], layout: Layout) -> int:
     """Values of a layer when gathered, as padded: all dense weights and this process's experts."""
-    expert, shards = layout.expert, layout.expert_shard
-    return sum(
-        weight._replace(shape=(weight.shape[0] // expert, *weight.shape[1:])).held(shards) * shards
-        if weight.role == "expert"
-        else weight.held(layout.fsdp) * layout.fsdp
-        for weight in members
-    )
+    cut = [(weight, layout.expert_shard if weight.role == "expert" else layout.fsdp) for weight in members]
+    return sum(weight.of_process(layout.expert).held(shards) * shards for weight, shards in cut)
 
 
 def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, recomputed: int, kernels: Kernels) -> int:
@@ -258,11 +253,11 @@ def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, rec
     experts = _own_values(routed, layout) if layer else 0
     gate = dense = 0
     if model.num_sparse_layers:
-        done = 4 * (width + 1) + chosen * size * (width + hidden) + 4 * size * hidden * model.num_shared_experts
-        gate = tokens * (6 * chosen * hidden * size - done) + layer * size // 3
+        done = 4 * (width + 1) + 4 * size * hidden * model.num_shared_experts
         if kernels == "cpu":  # rows' gradients before they are summed, and those of the experts' weights
-            done = 4 * (width + 1) + 4 * size * hidden * model.num_shared_experts
             gate = tokens * (size * width * (chosen + 1) - done) + size * experts
+        else:
+            gate = tokens * (chosen * size * (5 * hidden - width) - done) + layer * size // 3
     if model.num_dense_layers:
         dense = tokens * 3 * model.intermediate_size * size
     largest = max(weight.values for weight in layer_weights(model, model.num_sparse_layers > 0))
@@ -271,7 +266,7 @@ def _backward_bytes(run: RunConfig, layout: Layout, tokens: int, layer: int, rec
     # Gradients of gathered weights leave after their unit: the experts' beside the attention's inside, the rest last.
     waiting = (4 + size) * (layer - experts) - recomputed
     if experts:  # copied to float32, summed over processes; their working copy is gone by then
-        shards = layout.fsdp // layout.expert
+        shards = layout.expert_shard
         own_grads = size * sum(weight.values for weight in routed) // layout.expert  # not padded
         summed = 4 * experts + max(own_grads, 4 * experts // shards + own_grads // 3)
         summed = 12 * experts if shards == 1 else summed  # alone: divided into a third copy
@@ -294,7 +289,7 @@ def _recomputing_bytes(run: RunConfig, layout: Layout, layer: int, experts: int,
     later = 4 * (width + 1) + 4 * size * model.moe_intermediate_size * model.num_shared_experts  # of the inside
     rows = size * width * model.num_experts_per_tok * (2 if layout.expert > 1 and kernels != "cpu" else 1)
     waiting = 4 * width
-    arrived = size * experts if layout.fsdp > layout.expert else 0  # the buffer in which the experts came
+    arrived = size * experts if layout.expert_shard > 1 else 0  # the buffer in which the experts came
     leaving = 4 * (layer - experts) if layout.fsdp > 1 else 0  # gradients of the block behind it, on their way
     return layout.tokens(run) * (waiting + rows - later) + arrived + leaving
 
@@ -315,9 +310,8 @@ def _muon_bytes(run: RunConfig, layout: Layout, kernels: bool) -> int:
     for layers, members in layer_kinds(run.model):
         for weight in members:
             if weight.by_muon and (weight.role == "expert" or layout.fsdp == 1):
-                experts = layout.expert if weight.role == "expert" else 1
-                own = weight._replace(shape=(weight.shape[0] // experts, *weight.shape[1:]))
-                values = own.held(layout.fsdp // experts)
+                shards = layout.expert_shard if weight.role == "expert" else layout.fsdp
+                values = weight.of_process(layout.expert).held(shards)
                 held.setdefault((weight.shape[-2], weight.shape[-1]), []).extend([values] * layers)
     for (rows, columns), values in held.items():
         one = rows * columns

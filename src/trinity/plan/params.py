@@ -30,6 +30,10 @@ class Weight(NamedTuple):
     def by_muon(self) -> bool:
         return self.role in ("matrix", "expert")
 
+    def of_process(self, expert: int) -> "Weight":
+        """What a process has of it before it is sharded: of a stack of experts cut in `expert` its part, else all."""
+        return self._replace(shape=(self.shape[0] // expert, *self.shape[1:])) if self.role == "expert" else self
+
     def held(self, processes: int) -> int:
         """Values that the fullest of `processes` holds: FSDP2 cuts the first dimension and pads it to a multiple."""
         return -(-self.shape[0] // processes) * prod(self.shape[1:])
@@ -106,11 +110,8 @@ def held_values(model: ModelConfig, fsdp: int, expert: int) -> "Held":
     found = dict.fromkeys(("matrix", "expert", "router", "norm", "embedding", "head"), 0)
     for layers, members in [(1, outer_weights(model)), *layer_kinds(model)]:
         for weight in members:
-            if weight.role == "expert":
-                own = weight._replace(shape=(weight.shape[0] // expert, *weight.shape[1:]))
-                found["expert"] += layers * own.held(fsdp // expert)
-            else:
-                found[weight.role] += layers * weight.held(fsdp)
+            shards = fsdp // expert if weight.role == "expert" else fsdp
+            found[weight.role] += layers * weight.of_process(expert).held(shards)
     return Held(**found)
 
 
