@@ -53,7 +53,6 @@ def train_recipe(options: argparse.Namespace) -> None:
     if options.test_alarm:
         _ring(options.out, config, options.json)
         return
-    _say_while_starting("Loading torch on {} processes.")
     from trinity.ckpt.folder import reached
     from trinity.parallel.mesh import joined_world
     from trinity.train.display import TrainingDisplay
@@ -98,6 +97,7 @@ def _configured(options: argparse.Namespace) -> Any:
             raise UsageError(f"{options.out} is a file.", "Name a folder with --out.")
         config = override(recipe(options.recipe), options.settings)
         if options.out and not options.test_alarm:
+            _say_while_starting("Loading torch on {} processes.")
             _refuse_what_no_layout_holds(config, options.recipe)
         return config
     except TrinityError as error:
