@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as multiprocessing
+from started import FORKED, LOADED, SECONDS
 
-SECONDS = 240
-_STARTED = multiprocessing.get_context("forkserver")  # of one process that has loaded torch: seconds less for each
 
 
 def in_processes(size: int, function: Callable[..., None], *arguments: Any, seconds: float = SECONDS) -> None:
@@ -39,7 +38,7 @@ started_again: list[str] = []  # worlds that died and were given a second start,
 
 
 def _run(size: int, function: Callable[..., None], arguments: tuple[Any, ...], seconds: float) -> None:
-    _STARTED.set_forkserver_preload(["torch", "trinity.train.loop", "trinity.train.saver"])
+    FORKED.set_forkserver_preload(LOADED)
     with tempfile.TemporaryDirectory(prefix="world-") as folder:
         context = multiprocessing.start_processes(
             _enter,

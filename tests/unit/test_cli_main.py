@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from started import starting_trinity
 
 from trinity.base.errors import TrinityError
 from trinity.base.run import read_lines
@@ -132,28 +132,15 @@ def test_ctrl_c_ends_a_run_in_one_line_and_the_same_command_goes_on(debug_data: 
     run = tmp_path / "run"
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
     command = ["train", "debug", "--data", str(debug_data), "--out", str(run), *settings]
-    # A shell's background job may ignore SIGINT, and its children inherit that.
-    start = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); import sys; import trinity.cli.main as m; "
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"{start}sys.exit(m.main())", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and metric_lines(run) < 4 and time.monotonic() < deadline:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 130, error
-    assert out == "" and "Traceback" not in error
+    with starting_trinity(*command) as started:
+        assert started.wait_for(lambda: metric_lines(run) >= 4)
+        started.send(signal.SIGINT)
+        ended = started.ended()
+    assert ended.returncode == 130, ended.stderr
+    assert ended.stdout == "" and "Traceback" not in ended.stderr
     assert (
-        error.endswith("\ntrinity train: interrupted. What was saved stays; the same command again goes on.\n")
-        and error.count("trinity train") == 1
+        ended.stderr.endswith("\ntrinity train: interrupted. What was saved stays; the same command again goes on.\n")
+        and ended.stderr.count("trinity train") == 1
     )
     assert not list((run / "checkpoints").glob(".*"))
     assert main(command) == 0

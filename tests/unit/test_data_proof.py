@@ -72,7 +72,8 @@ def test_a_run_refuses_altered_data_at_its_start_and_when_it_goes_on(tmp_path, c
     from trinity.cli.main import main
 
     run = tmp_path / "run"
-    command = ["train", "debug", "--out", str(run)]
+    brief = ("train.tokens=4K", "optim.warmup_tokens=1K", "optim.decay_tokens=1K", "train.evaluate_bytes=0")
+    command = ["train", "debug", "--out", str(run), *(word for setting in brief for word in ("--set", setting))]
     assert main(command) == 0
     seen = json.loads((run / "data_seen.json").read_text())
     shard = next(Path(name) for name in seen if name.endswith(".bin") and Path(name).stat().st_size)

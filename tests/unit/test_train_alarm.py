@@ -5,13 +5,13 @@ import json
 import logging
 import math
 import os
-import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from started import Ended, trinity
 
 from trinity.base.errors import ConfigError, StorageError, TrainingHalted, UsageError
 from trinity.config.load import override
@@ -295,11 +295,8 @@ def test_a_refusing_disk_and_a_crash_are_told(tmp_path, monkeypatch, error, kind
     assert [(got["kind"], got["step"], got["sentence"]) for got in server.got] == [(kind, 3, str(error))]
 
 
-def trinity_train(folder, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "trinity.cli.main", "train", "debug", "--out", str(folder), *arguments],
-        capture_output=True, text=True, timeout=120, env={**os.environ, **environment},
-    )  # fmt: skip
+def trinity_train(folder, *arguments: str, **environment: str) -> Ended:
+    return trinity("train", "debug", "--out", str(folder), *arguments, **environment)
 
 
 def test_the_alarm_can_be_tested_before_going_home(tmp_path):

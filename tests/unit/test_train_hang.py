@@ -4,14 +4,13 @@ import errno
 import json
 import math
 import os
-import subprocess
-import sys
-import textwrap
+import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import pytest
+from started import Ended, Started
 
 from trinity.base.errors import StorageError, TrainingHalted
 from trinity.base.run import read_lines
@@ -78,33 +77,25 @@ def test_a_disk_that_refuses_the_stacks_does_not_silence_the_alarm(tmp_path, cap
     assert hang.check() and "refused" in told[0][2]
 
 
-BLOCKED = """
-    import sys, time
-    from pathlib import Path
-    from trinity.config.load import override
-    from trinity.recipes.table import recipe
-    from trinity.train import loop
-
+def run_blocked(debug_data: Path, folder: Path, seconds: float, settings: tuple[str, ...]) -> None:
+    """A run whose third step takes `seconds` more."""
     original, calls = loop.accumulate, []
 
     def blocked(*arguments):
         calls.append(arguments)
         if len(calls) == 3:
-            time.sleep(float(sys.argv[3]))
+            time.sleep(seconds)
         return original(*arguments)
 
     loop.accumulate = blocked
-    settings = ["train.tokens=6K", "train.evaluate_bytes=0", "optim.warmup_tokens=1K", "optim.decay_tokens=1K",
-                "train.hang_minutes=0.02", *sys.argv[4:]]
-    loop.train(override(recipe("debug"), settings), Path(sys.argv[1]), Path(sys.argv[2]), print, lambda _: None)
-"""
+    brief = ["train.tokens=6K", "train.evaluate_bytes=0", "optim.warmup_tokens=1K", "optim.decay_tokens=1K",
+             "train.hang_minutes=0.02"]  # fmt: skip
+    loop.train(override(recipe("debug"), [*brief, *settings]), debug_data, folder, print, lambda _: None)
 
 
-def blocked_run(debug_data: Path, folder: Path, seconds: float, *settings: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(BLOCKED), str(debug_data), str(folder), str(seconds), *settings],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def blocked_run(debug_data: Path, folder: Path, seconds: float, *settings: str) -> Ended:
+    with Started(run_blocked, debug_data, folder, seconds, settings) as run:
+        return run.ended()
 
 
 def test_a_blocked_step_is_told_and_the_run_goes_on(debug_data, tmp_path):

@@ -5,12 +5,11 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from started import Ended, starting_trinity, trinity
 
 from trinity.base.errors import ConfigError
 from trinity.base.run import read_lines
@@ -27,22 +26,11 @@ LAST = "step-00000024"
 
 def command(data: Path, run: Path, *more: str) -> list[str]:
     settings = [word for setting in (*SETTINGS, *more) for word in ("--set", setting)]
-    return [
-        sys.executable,
-        "-m",
-        "trinity.cli.main",
-        "train",
-        "debug",
-        "--data",
-        str(data),
-        "--out",
-        str(run),
-        *settings,
-    ]
+    return ["train", "debug", "--data", str(data), "--out", str(run), *settings]
 
 
-def finish(data: Path, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(data, run, *more), capture_output=True, text=True, timeout=240)
+def finish(data: Path, run: Path, *more: str) -> Ended:
+    return trinity(*command(data, run, *more))
 
 
 def weights_of(run: Path) -> dict[str, str]:
@@ -54,18 +42,8 @@ def weights_of(run: Path) -> dict[str, str]:
 
 def start_and_kill(data: Path, run: Path, moment) -> bool:
     """Start the command and SIGKILL it once `moment(run)` holds; False when it ended before."""
-    process = subprocess.Popen(command(data, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 240
-        while process.poll() is None and time.monotonic() < deadline:
-            if moment(run):
-                process.send_signal(signal.SIGKILL)
-                return True
-            time.sleep(0.001)
-        return False
-    finally:
-        process.kill()
-        process.wait()
+    with starting_trinity(*command(data, run)) as started:
+        return started.wait_for(lambda: moment(run))
 
 
 def metric_lines(run: Path) -> int:
@@ -178,18 +156,11 @@ def test_settings_beyond_the_first_five_that_differ_are_counted(debug_data, unbr
 
 def test_a_run_in_use_is_refused(debug_data, tmp_path):
     run = tmp_path / "run"
-    first = subprocess.Popen(command(debug_data, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 240
-        while not metric_lines(run):
-            assert first.poll() is None and time.monotonic() < deadline, "it never began"
-            time.sleep(0.01)
-        first.send_signal(signal.SIGSTOP)  # it holds the run, and cannot end before the second one asks
+    with starting_trinity(*command(debug_data, run)) as first:
+        assert first.wait_for(lambda: metric_lines(run) > 0), "it never began"
+        first.send(signal.SIGSTOP)  # it holds the run, and cannot end before the second one asks
         second = finish(debug_data, run)
         assert second.returncode == 2 and "another process" in second.stderr
-    finally:
-        first.kill()
-        first.wait()
 
 
 def test_data_that_changed_is_refused(debug_data, unbroken, tmp_path):

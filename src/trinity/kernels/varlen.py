@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 
 class Documents(NamedTuple):
@@ -38,6 +37,8 @@ def attend_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents, wi
 
     The kernel counts the keys before the query: a window of w keys, the own one included, is (w - 1, 0).
     """
+    from torch.nn.attention.varlen import varlen_attn  # loads torch's compiler: 0.4 s that a CPU need not wait for
+
     rows, heads, length, size = q.shape
     q, k, v = (x.transpose(1, 2).reshape(rows * length, -1, size) for x in (q, k, v))
     out = varlen_attn(
