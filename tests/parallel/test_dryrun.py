@@ -13,7 +13,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 
 from steps import small
-from test_equivalence import EVERY_TIME, LAYOUTS
+from test_equivalence import LAYOUTS
 from worlds import free_port, in_processes
 
 from trinity.base.errors import ConfigError, UsageError
@@ -34,7 +34,7 @@ from trinity.train.traffic import Traffic
 
 AXES = ("replicate", "shard", "context", "expert")
 PEAK = 0.02  # of one process; a stretch with a halo holds up to 1.9 % more in a real forward pass, the others equal
-USUAL = EVERY_TIME - {"cp 4", "ep 2"}
+USUAL = {"fsdp 2", "hsdp 2 x 1, cp 2, ep 2, remat"}
 CASES = [pytest.param(size, settings, precision, id=f"{size} processes, {name}, {precision}",
                       marks=() if name in USUAL and (precision == "float32") == (size == 2) else pytest.mark.slow)
          for size, layouts in LAYOUTS.items() for name, settings in layouts.items()
@@ -106,8 +106,8 @@ EIGHT = "model.num_hidden_layers=8"
         memory_case("debug", Layout(microbatch_rows=4)),
         memory_case("demo", Layout(microbatch_rows=4)),
         memory_case("lab256", Layout(microbatch_rows=8)),
-        memory_case("lab256", Layout(microbatch_rows=1), "data.sequence_length=4096"),
-        memory_case("lab256", Layout(shard=4, microbatch_rows=4)),
+        memory_case("lab256", Layout(microbatch_rows=1), "data.sequence_length=4096", slow=True),
+        memory_case("lab256", Layout(shard=4, microbatch_rows=4), slow=True),
         memory_case("lab256", Layout(shard=2, expert=2, microbatch_rows=8), slow=True),
         memory_case("lab256", Layout(shard=8, expert=8, microbatch_rows=8, **BFLOAT16), slow=True),
         memory_case("nano", Layout(shard=8, expert=8, microbatch_rows=1, **BFLOAT16), EIGHT, slow=True),

@@ -20,6 +20,7 @@ from trinity.cli.main import main
 from trinity.data import loader
 from trinity.parallel.lost import noticing_lost_peers
 from trinity.parallel.rendezvous import _invite, room_of_this_start
+from trinity.train import loop
 
 SETTINGS = ["train.tokens=4096", "train.batch_tokens=1024", "train.save_every_tokens=2048", "optim.decay_tokens=1K",
             "optim.warmup_tokens=1K", "train.evaluate_bytes=0", "train.sample_tokens=0"]  # fmt: skip
@@ -58,7 +59,8 @@ def one_is_mistaken(data: Path, out: Path, ports: list[int]) -> None:
 
     held = out / "lock-run"
     held.mkdir(exist_ok=True)
-    with (held / ".lock").open("a") as lock:
+    with (held / ".lock").open("a") as lock, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_DYING_SECONDS", 0.3)  # that the one before may take to end
         if not second:
             fcntl.flock(lock, fcntl.LOCK_EX)
         scene("lock")

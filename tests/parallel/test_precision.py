@@ -70,21 +70,24 @@ def test_it_learns_what_float32_learns_to_rounding(debug_data):
     assert int(rounded["counts"][0].sum()) == int(exact["counts"][0].sum())
 
 
-def test_spread_over_processes_it_learns_what_float32_learns_to_rounding(debug_data, tmp_path):
-    layouts = [["parallel.precision=bfloat16", "parallel.expert=2", "parallel.remat=block"],
-               ["parallel.precision=bfloat16", "parallel.context=2"]]  # fmt: skip
-    in_processes(2, write_steps, debug_data, tmp_path, layouts, [free_port() for _ in layouts])
+@pytest.mark.parametrize("spread", [
+    ["parallel.context=2", "parallel.expert=2", "parallel.remat=block"],
+    pytest.param(["parallel.expert=2"], marks=pytest.mark.slow),
+    pytest.param(["parallel.context=2"], marks=pytest.mark.slow),
+], ids=" ".join)  # fmt: skip
+def test_spread_over_processes_it_learns_what_float32_learns_to_rounding(debug_data, tmp_path, spread):
+    layout = ["parallel.precision=bfloat16", *spread]
+    in_processes(2, write_steps, debug_data, tmp_path, [layout], [free_port()])
     exact = three_steps(small(), debug_data, World.alone())
     with joined_world(BFLOAT16) as world:
         one_process = three_steps(BFLOAT16, debug_data, world)["gradients"]
-    for layout in layouts:
-        rounded = torch.load(tmp_path / f"{'_'.join(layout)}.pt", weights_only=True)
-        for ours, theirs in zip(rounded["measured"], exact["measured"], strict=True):
-            assert ours[0] == pytest.approx(theirs[0], rel=0.01), layout
-            assert ours[0] != theirs[0], "and it is not float32"
-        assert int(rounded["counts"][0].sum()) == int(exact["counts"][0].sum())
-        assert {tensor.dtype for tensor in rounded["weights"].values()} == {torch.float32}
-        for name, gradient in exact["gradients"].items():
-            error, usual = ((found - gradient).norm() / gradient.norm().clamp(min=1e-12)
-                            for found in (rounded["gradients"][name], one_process[name]))  # fmt: skip
-            assert error < 2 * usual + 0.01, (layout, name, "further from float32 than one process's rounding")
+    rounded = torch.load(tmp_path / f"{'_'.join(layout)}.pt", weights_only=True)
+    for ours, theirs in zip(rounded["measured"], exact["measured"], strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=0.01), layout
+        assert ours[0] != theirs[0], "and it is not float32"
+    assert int(rounded["counts"][0].sum()) == int(exact["counts"][0].sum())
+    assert {tensor.dtype for tensor in rounded["weights"].values()} == {torch.float32}
+    for name, gradient in exact["gradients"].items():
+        error, usual = ((found - gradient).norm() / gradient.norm().clamp(min=1e-12)
+                        for found in (rounded["gradients"][name], one_process[name]))  # fmt: skip
+        assert error < 2 * usual + 0.01, (layout, name, "further from float32 than one process's rounding")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as multiprocessing
-from started import FORKED, LOADED, SECONDS
 
+from started import FORKED, LOADED, SECONDS
 
 
 def in_processes(size: int, function: Callable[..., None], *arguments: Any, seconds: float = SECONDS) -> None:

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from started import starting_trinity
 
+from started import starting_trinity
 from trinity.base.errors import TrinityError
 from trinity.base.run import read_lines
 from trinity.cli import main as front

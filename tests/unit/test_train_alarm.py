@@ -4,15 +4,15 @@ import errno
 import json
 import logging
 import math
-import os
 import sys
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from started import Ended, trinity
 
+from started import Ended, trinity
 from trinity.base.errors import ConfigError, StorageError, TrainingHalted, UsageError
 from trinity.config.load import override
 from trinity.parallel.mesh import World
@@ -275,7 +275,7 @@ def test_a_pager_that_is_down_does_not_touch_the_run(debug_data, tmp_path, monke
     with Server([200]) as server:
         pass  # its port is closed from here on
     monkeypatch.setenv(WEBHOOK, server.address)
-    monkeypatch.setattr("trinity.train.alarm.time.sleep", lambda _: None)
+    monkeypatch.setattr("trinity.train.alarm.Webhook", partial(Webhook, pause=lambda _: None))
     said = run(debug_data, tmp_path / "run", "train.alarm_command=sh -c 'exit 9'")
     problems = [sentence for sentence in said if "not delivered" in sentence]
     assert len(problems) == 2 and any("exit code 9" in sentence for sentence in problems)

@@ -109,7 +109,8 @@ class Poison:
 
 
 def run_config(*settings: str):
-    common = ["train.tokens=12K", "train.save_every_tokens=3072", "train.evaluate_bytes=500", "train.sample_tokens=0",
+    common = ["model.num_hidden_layers=2", "train.microbatch_rows=8", "train.tokens=12K",
+              "train.save_every_tokens=3072", "train.evaluate_bytes=500", "train.sample_tokens=0",
               "train.evaluate_every_tokens=0", "optim.decay_tokens=2K", "optim.warmup_tokens=1K"]  # fmt: skip
     return override(recipe("debug"), [*common, *settings])
 

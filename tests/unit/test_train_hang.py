@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from started import Ended, Started
 
+from started import Ended, Started
 from trinity.base.errors import StorageError, TrainingHalted
 from trinity.base.run import read_lines
 from trinity.config.load import override
@@ -101,7 +101,7 @@ def blocked_run(debug_data: Path, folder: Path, seconds: float, *settings: str) 
 def test_a_blocked_step_is_told_and_the_run_goes_on(debug_data, tmp_path):
     pager, got = tmp_path / "pager.sh", tmp_path / "alarms.jsonl"
     pager.write_text(f"cat >> {got}")
-    ended = blocked_run(debug_data, tmp_path / "run", 4, f"train.alarm_command=sh {pager}")
+    ended = blocked_run(debug_data, tmp_path / "run", 2.5, f"train.alarm_command=sh {pager}")
     assert ended.returncode == 0, ended.stderr
     (line,) = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "guard"]
     assert (line["step"], line["trouble"], line["action"]) == (3, "hang", "over")

@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
-from started import Ended, starting_trinity, trinity
 
+from started import Ended, starting_trinity, trinity
 from trinity.base.errors import ConfigError
 from trinity.base.run import read_lines
+from trinity.cli.main import main
 from trinity.config.load import override
 from trinity.data.loader import Loader
 from trinity.recipes.table import recipe
+from trinity.train import loop
 from trinity.train.settings import changes
 
 SETTINGS = ["train.tokens=24K", "train.save_every_tokens=4096", "train.evaluate_every_tokens=12288",
@@ -154,13 +156,13 @@ def test_settings_beyond_the_first_five_that_differ_are_counted(debug_data, unbr
         changes(unbroken, config, Loader(debug_data, config.data, config.train.seed))
 
 
-def test_a_run_in_use_is_refused(debug_data, tmp_path):
+def test_a_run_in_use_is_refused(debug_data, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
+    monkeypatch.setattr(loop, "_DYING_SECONDS", 0.3)  # that the one before may take to end
     with starting_trinity(*command(debug_data, run)) as first:
         assert first.wait_for(lambda: metric_lines(run) > 0), "it never began"
         first.send(signal.SIGSTOP)  # it holds the run, and cannot end before the second one asks
-        second = finish(debug_data, run)
-        assert second.returncode == 2 and "another process" in second.stderr
+        assert main(command(debug_data, run)) == 2 and "another process" in capsys.readouterr().err
 
 
 def test_data_that_changed_is_refused(debug_data, unbroken, tmp_path):

@@ -25,8 +25,9 @@ EVERY_THIRD = ("train.save_every_tokens=3072",)
 
 def run(debug_data, folder, *settings, told: list[str] | None = None):
     """Twelve steps, a save after every third; the rate falls from step 11 on."""
-    common = ["train.tokens=12K", *EVERY_THIRD, "train.evaluate_bytes=500", "train.sample_tokens=0",
-              "train.evaluate_every_tokens=0", "optim.decay_tokens=2K", "optim.warmup_tokens=1K"]  # fmt: skip
+    common = ["model.num_hidden_layers=2", "train.microbatch_rows=8", "train.tokens=12K", *EVERY_THIRD,
+              "train.evaluate_bytes=500", "train.sample_tokens=0", "train.evaluate_every_tokens=0",
+              "optim.decay_tokens=2K", "optim.warmup_tokens=1K"]  # fmt: skip
     said = [] if told is None else told
     config = override(recipe("debug"), [*common, *settings])
     state = loop.train(config, debug_data, folder, said.append, lambda _: None)
