@@ -41,7 +41,7 @@ def plain_varlen(q, k, v, bounds, _, longest, __, *, window_size, enable_gqa):
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_rows_laid_end_to_end_equal_the_mask(monkeypatch, window, key_heads):
-    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
     ids = torch.stack([rows_of([5, 1, 7, 3], 1)[0], rows_of([16], 1)[0]])
     q, k, v = (torch.randn(2, heads, 16, 8) for heads in (4, key_heads, key_heads))
     starts = document_starts(ids)
