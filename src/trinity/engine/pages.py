@@ -1,0 +1,100 @@
+"""The past of all sequences: keys and values in pages of 64 tokens, some for global layers and some for local ones.
+
+A global layer keeps every token: a sequence has a page for each 64 tokens of its text, and sequences that begin alike
+may share pages that are full. A local layer keeps what its window can reach: a sequence has a ring of pages, round
+and round, as many as hold the window and one step's tokens. So memory grows with the text in global layers alone:
+
+    bytes = 2 x key heads x head size x bytes of a value x (global layers x tokens + local layers x ring tokens)
+
+A page holds one stretch of 64 tokens in all layers of its kind: [layers, key heads, 2, 64 x C], keys [C, 64] then
+values [64, C], as kernels/decoder.cpp reads them.
+"""
+
+import torch
+from torch import Tensor
+
+from trinity.config.model import ModelConfig
+
+PAGE = 64  # tokens; kernels/decoder.cpp knows the same number
+
+
+def pages_for(tokens: int) -> int:
+    return -(-tokens // PAGE)
+
+
+class Pool:
+    """Pages of one kind of layer, each with a count of those who use it; a page that nobody uses is free."""
+
+    def __init__(self, pages: int, layers: int, config: ModelConfig, device: torch.device) -> None:
+        shape = (pages, layers, config.num_key_value_heads, 2, PAGE * config.head_dim)
+        self.values = torch.empty(shape, device=device)  # the system gives memory on first touch
+        self.uses = [0] * pages
+        self.free = list(range(pages - 1, -1, -1))
+
+    @property
+    def page_bytes(self) -> int:
+        return self.values[0].nbytes if len(self.values) else 0
+
+    @property
+    def in_use(self) -> int:
+        return len(self.uses) - len(self.free)
+
+    def take(self, count: int) -> list[int]:
+        """`count` free pages, which there must be."""
+        taken = [self.free.pop() for _ in range(count)]
+        for page in taken:
+            self.uses[page] = 1
+        return taken
+
+    def share(self, pages: list[int]) -> None:
+        """One more user of pages in use."""
+        for page in pages:
+            assert self.uses[page] > 0, f"page {page} is free"
+            self.uses[page] += 1
+
+    def release(self, pages: list[int]) -> None:
+        """One user less."""
+        for page in pages:
+            assert self.uses[page] > 0, f"page {page} is free already"
+            self.uses[page] -= 1
+            if self.uses[page] == 0:
+                self.free.append(page)
+
+
+class Pools:
+    """The pages of global layers and the rings of local ones."""
+
+    def __init__(
+        self, config: ModelConfig, pages: int, rings: int, step_tokens: int, device: torch.device | None = None
+    ) -> None:
+        where = torch.device("cpu") if device is None else device
+        self.window = config.sliding_window
+        # A step's tokens go in before any of them is read, and window and step may begin anywhere in a page.
+        self.ring_pages = pages_for(config.sliding_window + step_tokens) + 1
+        globals_ = sum(config.is_global(layer) for layer in range(config.num_hidden_layers))
+        self.paged = Pool(pages, globals_, config, where)
+        self.local = Pool(rings * self.ring_pages, config.num_hidden_layers - globals_, config, where)
+
+    def take_ring(self) -> list[int] | None:
+        return self.local.take(self.ring_pages) if len(self.local.free) >= self.ring_pages else None
+
+    def bytes_in_use(self) -> int:
+        return sum(pool.in_use * pool.page_bytes for pool in (self.paged, self.local))
+
+    def window_of(self, ring: list[int], tokens: int) -> Tensor:
+        """A copy of what local layers can still see after `tokens` tokens, a multiple of 64: [pages, ...]."""
+        return self.local.values[self._window_pages(ring, tokens)]  # indexing copies
+
+    def put_window(self, ring: list[int], tokens: int, window: Tensor) -> None:
+        """The other way round, into another ring."""
+        self.local.values[self._window_pages(ring, tokens)] = window
+
+    def _window_pages(self, ring: list[int], tokens: int) -> list[int]:
+        first = max(0, tokens - self.window) // PAGE
+        return [ring[block % self.ring_pages] for block in range(first, tokens // PAGE)]
+
+
+def kv_bytes_per_token(config: ModelConfig) -> int:
+    """Of one token in all global layers, float32."""
+    globals_ = sum(config.is_global(layer) for layer in range(config.num_hidden_layers))
+    return globals_ * config.num_key_value_heads * config.head_dim * 2 * 4

@@ -1,0 +1,581 @@
+// A whole forward pass of the model over a few rows, as the engine has them: tokens of several sequences, each with its
+// past in pages. One call, one team of threads, no tensor made on the way. Float32 but for the weights (panels.h).
+//
+// A row's result depends on its own sequence alone, to the bit: products sum along the depth in order (panels.h), and
+// attention goes through keys in pages and in stretches of kStretch pages whose bounds lie at fixed positions, whatever
+// other rows are there and however a prompt was cut into chunks. The twin is model/transformer.py.
+//
+// Shapes: M rows, D width, H query and J key heads of size C, E experts, K chosen, F hidden width of an expert.
+// A page holds kPage tokens of one layer and one key head: keys [C, kPage], then values [kPage, C].
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <omp.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "panels.h"
+#include "team.h"
+#include "turns.h"
+
+namespace trinity {
+
+namespace {
+
+constexpr int64_t kPage = 64;      // tokens; engine/pages.py knows the same number
+constexpr int64_t kStretch = 16;   // pages whose softmax is made in one go
+constexpr int64_t kQueryRows = 16;  // of a prompt that attend together
+constexpr float kLowest = -std::numeric_limits<float>::max();
+
+struct Layer {
+  bool global = false, sparse = false;
+  int64_t place = 0;  // among the layers of its kind of pool
+  const float *before_attention, *query, *key, *after_attention, *before_mlp, *after_mlp;
+  Matrix heads, out;             // q, k, v and gate; o
+  Matrix gate_up, down;          // dense, or of the experts, end to end
+  Matrix router, shared_gate_up, shared_down;
+  const float* bias = nullptr;
+};
+
+inline float dot(const float* a, const float* b, int64_t n) {
+  Vec sum{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum += vec(a + i) * vec(b + i);
+  float whole = 0.0f;
+  for (int l = 0; l < kLanes; ++l) whole += sum[l];
+  for (; i < n; ++i) whole += a[i] * b[i];
+  return whole;
+}
+
+// to = from / rms(from) * gain, over `size` values.
+inline void normalise(const float* from, const float* gain, int64_t size, float eps, float* to) {
+  const float factor = 1.0f / std::sqrt(dot(from, from, size) / static_cast<float>(size) + eps);
+  for (int64_t i = 0; i < size; ++i) to[i] = from[i] * factor * gain[i];
+}
+
+inline float logistic(float x) { return sigmoid(splat(x))[0]; }
+
+// The rows of one sequence in this step: `count` from `row` on, at positions from `position` on.
+struct Stretch {
+  int64_t row, count, position, sequence;
+};
+
+struct Task {
+  int64_t row, count, position, sequence, head;  // rows of one sequence, one key head
+  int64_t first, last;                           // stretches of pages
+  int64_t partial;                               // where its part of a softmax goes; -1: it has all of it
+};
+
+struct Merge {
+  int64_t row, position, head, partial, parts;
+};
+
+}  // namespace
+
+class Decoder : public torch::CustomClassHolder {
+ public:
+  // shape: vocabulary, D, layers, H, J, C, E, K, window, dense hidden, expert hidden, shared hidden, and a 1 for each
+  // global and then for each sparse layer. constants: eps, route scale, embedding scale, then C / 2 inverse frequencies.
+  // weights: embedding, final norm, head, then those of each layer as engine/weights.py lists them; a matrix is two
+  // tensors, values and scales. They must outlive the decoder, which holds them.
+  Decoder(const std::vector<int64_t>& shape, const std::vector<double>& constants, std::vector<at::Tensor> weights)
+      : weights_(std::move(weights)) {
+    size_t given = 0;
+    const auto take = [&] { return shape.at(given++); };
+    vocabulary_ = take(), width_ = take();
+    const int64_t layers = take();
+    heads_ = take(), key_heads_ = take(), size_ = take(), experts_ = take(), chosen_ = take(), window_ = take();
+    const int64_t dense = take(), hidden = take(), shared = take();
+    eps_ = static_cast<float>(constants.at(0)), route_scale_ = static_cast<float>(constants.at(1));
+    embed_scale_ = static_cast<float>(constants.at(2));
+    for (int64_t i = 0; i < size_ / 2; ++i) frequencies_.push_back(static_cast<float>(constants.at(3 + i)));
+    hidden_ = hidden, shared_ = shared, dense_ = dense;
+    size_t next = 0;
+    const auto tensor = [&]() -> const at::Tensor& { return weights_.at(next++); };
+    const auto vector = [&]() { return tensor().const_data_ptr<float>(); };
+    const auto matrix = [&](int64_t outputs, int64_t depth) {
+      const at::Tensor &values = tensor(), &scales = tensor();
+      Matrix m;
+      m.outputs = outputs, m.depth = depth;
+      m.kind = values.scalar_type() == at::kFloat      ? Kind::kFloat32
+               : values.scalar_type() == at::kBFloat16 ? Kind::kBFloat16
+               : values.scalar_type() == at::kChar     ? Kind::kInt8
+                                                       : Kind::kInt4;
+      TORCH_CHECK(values.is_contiguous() && scales.is_contiguous());
+      TORCH_CHECK(static_cast<int64_t>(values.nbytes()) % m.bytes() == 0, "a matrix of another size");
+      m.values = static_cast<const char*>(values.const_data_ptr());
+      m.scales = static_cast<const _Float16*>(scales.const_data_ptr());
+      return m;
+    };
+    embedding_ = tensor();
+    final_norm_ = vector();
+    head_ = matrix(vocabulary_, width_);
+    const int64_t query_width = heads_ * size_, key_width = key_heads_ * size_;
+    int64_t kinds[2] = {0, 0};
+    for (int64_t l = 0; l < layers; ++l) {
+      Layer layer;
+      layer.global = shape.at(12 + l), layer.sparse = shape.at(12 + layers + l);
+      layer.place = kinds[layer.global]++;
+      layer.before_attention = vector(), layer.query = vector(), layer.key = vector();
+      layer.after_attention = vector(), layer.before_mlp = vector(), layer.after_mlp = vector();
+      layer.heads = matrix(2 * query_width + 2 * key_width, width_);
+      layer.out = matrix(width_, query_width);
+      layer.gate_up = matrix(2 * padded(layer.sparse ? hidden_ : dense), width_);
+      layer.down = matrix(width_, layer.sparse ? hidden_ : dense);
+      if (layer.sparse) {
+        layer.router = matrix(experts_, width_);
+        layer.bias = vector();
+        if (shared_) layer.shared_gate_up = matrix(2 * padded(shared_), width_), layer.shared_down = matrix(width_, shared_);
+      }
+      layers_.push_back(layer);
+    }
+    TORCH_CHECK(next == weights_.size(), "weights are left over");
+    pool_layers_[0] = kinds[0], pool_layers_[1] = kinds[1];
+  }
+
+  // tokens, positions [M]; starts [S + 1]: the rows of sequence s are starts[s] .. starts[s + 1], at positions in order;
+  // tables [S, B]: the page of each of its stretches of kPage tokens in `paged`, global layers; rings [S, R]: the same in
+  // `local`, round and round; wanted [N]: rows whose logits go to out [N, V]. All int64 but the pools and `out`, float32.
+  // counts [sparse layers, E] int64 grow by the rows each expert was given.
+  void forward(const at::Tensor& tokens, const at::Tensor& positions, const at::Tensor& starts,
+               const at::Tensor& tables, const at::Tensor& rings, const at::Tensor& paged, const at::Tensor& local,
+               const at::Tensor& wanted, const at::Tensor& out, const at::Tensor& counts) {
+    rows_ = tokens.numel();
+    tokens_ = tokens.const_data_ptr<int64_t>(), positions_ = positions.const_data_ptr<int64_t>();
+    table_[1] = tables.const_data_ptr<int64_t>(), table_width_[1] = tables.size(1);
+    table_[0] = rings.const_data_ptr<int64_t>(), table_width_[0] = rings.size(1);
+    pool_[1] = paged.mutable_data_ptr<float>(), pool_[0] = local.mutable_data_ptr<float>();
+    const int64_t* begins = starts.const_data_ptr<int64_t>();
+    sequence_.resize(rows_);
+    stretches_.clear();
+    for (int64_t s = 0; s + 1 < starts.numel(); ++s) {
+      stretches_.push_back({begins[s], begins[s + 1] - begins[s], positions_[begins[s]], s});
+      std::fill(sequence_.begin() + begins[s], sequence_.begin() + begins[s + 1], s);
+    }
+    const int members = at::get_num_threads();
+    make_room();
+    for (const int global : {0, 1}) plan_attention(global, members);
+    int64_t* counted = counts.mutable_data_ptr<int64_t>();
+    Team team;
+#pragma omp parallel num_threads(members)
+    {
+#pragma omp single
+      team.members = omp_get_num_threads();  // which may be fewer than were asked for
+      run(team, wanted, out.mutable_data_ptr<float>(), counted);
+    }
+  }
+
+ private:
+  static int64_t padded(int64_t hidden) { return (hidden + kPanel / 2 - 1) / (kPanel / 2) * (kPanel / 2); }
+
+  void make_room() {
+    const int64_t slots = rows_ * (chosen_ + 1), widest = std::max({padded(hidden_), padded(shared_), int64_t{1}});
+    x_.resize(rows_ * width_), normed_.resize(rows_ * width_), mixed_.resize(rows_ * width_);
+    projected_.resize(rows_ * whole_panels(2 * (heads_ + key_heads_) * size_));
+    attended_.resize(rows_ * heads_ * size_);
+    active_.resize(std::max(slots * widest, rows_ * padded(dense_)));
+    made_.resize(slots * width_);
+    scores_.resize(rows_ * whole_panels(experts_));
+    picked_.resize(rows_ * chosen_), weight_.resize(rows_ * chosen_);
+    order_.resize(slots), begin_.resize(experts_ + 2);
+  }
+  static int64_t whole_panels(int64_t outputs) { return (outputs + kPanel - 1) / kPanel * kPanel; }
+
+  void run(Team& team, const at::Tensor& wanted, float* out, int64_t* counts) {
+    const int64_t many = 8;  // rows of a task that goes row by row
+    const int64_t few = (rows_ + many - 1) / many;
+    const auto by_rows = [&](const auto& work) {
+      team.share(few, [&](int64_t task) {
+        for (int64_t i = task * many; i < std::min(rows_, (task + 1) * many); ++i) work(i);
+      });
+    };
+    by_rows([&](int64_t i) {
+      embed(tokens_[i], &x_[i * width_]);
+      normalise(&x_[i * width_], layers_[0].before_attention, width_, eps_, &normed_[i * width_]);
+    });
+    for (size_t l = 0; l < layers_.size(); ++l) {
+      const Layer& layer = layers_[l];
+      product(team, layer.heads, normed_.data(), width_, projected_.data(), projected_width());
+      team.share(rows_ * 2 * key_heads_, [&](int64_t task) { place(layer, task / (2 * key_heads_), task % (2 * key_heads_)); });
+      attend(team, layer);
+      product(team, layer.out, attended_.data(), heads_ * size_, mixed_.data(), width_);
+      by_rows([&](int64_t i) {
+        add_normalised(&mixed_[i * width_], layer.after_attention, &x_[i * width_]);
+        normalise(&x_[i * width_], layer.before_mlp, width_, eps_, &normed_[i * width_]);
+      });
+      if (layer.sparse) {
+        through_experts(team, layer, counts);
+        counts += experts_;
+      } else {
+        gated(team, layer.gate_up, active_.data(), padded(dense_));
+        product(team, layer.down, active_.data(), padded(dense_), mixed_.data(), width_);
+      }
+      const float* next = l + 1 < layers_.size() ? layers_[l + 1].before_attention : final_norm_;
+      by_rows([&](int64_t i) {
+        if (layer.sparse) combine(layer, i);
+        add_normalised(&mixed_[i * width_], layer.after_mlp, &x_[i * width_]);
+        normalise(&x_[i * width_], next, width_, eps_, &normed_[i * width_]);
+      });
+    }
+    const int64_t *asked = wanted.const_data_ptr<int64_t>(), count = wanted.numel();
+    team.share(count ? head_.panels() : 0, [&](int64_t p) {
+      panel_rows(head_, p, count, [&](int64_t i) { return &normed_[asked[i] * width_]; },
+                 [&](int64_t i, const float* y) {
+                   std::copy_n(y, std::min(kPanel, vocabulary_ - p * kPanel), out + i * vocabulary_ + p * kPanel);
+                 });
+    });
+  }
+
+  int64_t projected_width() const { return whole_panels(2 * (heads_ + key_heads_) * size_); }
+
+  void embed(int64_t token, float* to) const {
+    if (embedding_.scalar_type() == at::kFloat) {
+      const float* from = embedding_.const_data_ptr<float>() + token * width_;
+      for (int64_t i = 0; i < width_; ++i) to[i] = from[i] * embed_scale_;
+    } else {
+      const auto* from = static_cast<const uint16_t*>(embedding_.const_data_ptr()) + token * width_;
+      for (int64_t i = 0; i < width_; ++i) to[i] = std::bit_cast<float>(uint32_t{from[i]} << 16) * embed_scale_;
+    }
+  }
+
+  // x += norm(y).
+  void add_normalised(float* y, const float* gain, float* x) const {
+    normalise(y, gain, width_, eps_, y);
+    for (int64_t i = 0; i < width_; ++i) x[i] += y[i];
+  }
+
+  // Panel p of a matrix for all rows, kRowsAtOnce at a time.
+  template <class From, class To>
+  static void panel_rows(const Matrix& m, int64_t p, int64_t rows, const From& from, const To& to) {
+    float y[kRowsAtOnce][kPanel];
+    const float* x[kRowsAtOnce];
+    for (int64_t i = 0; i < rows; i += kRowsAtOnce) {
+      const int64_t here = std::min<int64_t>(kRowsAtOnce, rows - i);
+      for (int64_t r = 0; r < here; ++r) x[r] = from(i + r);
+      panel_product(m.kind, here)(x, m.depth, m.panel(p), m.scale(p), y);
+      for (int64_t r = 0; r < here; ++r) to(i + r, y[r]);
+    }
+  }
+
+  void product(Team& team, const Matrix& m, const float* x, int64_t x_row, float* out, int64_t out_row) {
+    team.share(m.panels(), [&](int64_t p) {
+      panel_rows(m, p, rows_, [&](int64_t i) { return x + i * x_row; },
+                 [&](int64_t i, const float* y) {
+                   std::copy_n(y, std::min(kPanel, out_row - p * kPanel), out + i * out_row + p * kPanel);
+                 });
+    });
+  }
+
+  // silu(gate) * up, of a panel that holds 32 of each.
+  static void activate(const float* y, float* to) {
+    for (int64_t i = 0; i < kPanel / 2; i += kLanes) {
+      const Vec gate = vec(y + i);
+      vec(to + i) = gate * sigmoid(gate) * vec(y + kPanel / 2 + i);
+    }
+  }
+
+  void gated(Team& team, const Matrix& m, float* out, int64_t out_row) {
+    team.share(m.panels(), [&](int64_t p) {
+      panel_rows(m, p, rows_, [&](int64_t i) { return &normed_[i * width_]; },
+                 [&](int64_t i, const float* y) { activate(y, out + i * out_row + p * kPanel / 2); });
+    });
+  }
+
+  float* page(int global, const Layer& layer, int64_t sequence, int64_t block, int64_t head) const {
+    const int64_t wide = table_width_[global];
+    const int64_t number = table_[global][sequence * wide + (global ? block : block % wide)];
+    return pool_[global] + ((number * pool_layers_[global] + layer.place) * key_heads_ + head) * 2 * kPage * size_;
+  }
+
+  // Head `which` of a row: its queries' group, normalised, turned and scaled, or its key and value, put into their page.
+  void place(const Layer& layer, int64_t row, int64_t which) {
+    const int64_t group = heads_ / key_heads_, head = which % key_heads_;
+    float* from = &projected_[row * projected_width()];
+    if (which < key_heads_) {
+      const float scale = 1.0f / std::sqrt(static_cast<float>(size_));
+      for (int64_t h = head * group; h < (head + 1) * group; ++h) {
+        float* q = from + h * size_;
+        normalise(q, layer.query, size_, eps_, q);
+        if (!layer.global) rotate(q, positions_[row]);
+        for (int64_t c = 0; c < size_; ++c) q[c] *= scale;
+      }
+      return;
+    }
+    float* k = from + heads_ * size_ + head * size_;
+    const float* v = from + (heads_ + key_heads_ + head) * size_;
+    normalise(k, layer.key, size_, eps_, k);
+    if (!layer.global) rotate(k, positions_[row]);
+    const int64_t position = positions_[row], slot = position % kPage;
+    float* keys = page(layer.global, layer, sequence_[row], position / kPage, head);
+    for (int64_t c = 0; c < size_; ++c) keys[c * kPage + slot] = k[c];
+    std::copy_n(v, size_, keys + kPage * size_ + slot * size_);
+  }
+
+  void rotate(float* x, int64_t position) const {
+    const int64_t half = size_ / 2;
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(position) * frequencies_[i];
+      const float cosine = std::cos(angle), sine = std::sin(angle), a = x[i], b = x[i + half];
+      x[i] = a * cosine - b * sine;
+      x[i + half] = b * cosine + a * sine;
+    }
+  }
+
+  // Which rows attend together, and in how many parts where one sequence alone would leave threads without work.
+  void plan_attention(int global, int members) {
+    auto &tasks = tasks_[global];
+    auto &merges = merges_[global];
+    tasks.clear(), merges.clear();
+    int64_t whole = 0, partials = 0;
+    for (const Stretch& s : stretches_) whole += (s.count + kQueryRows - 1) / kQueryRows * key_heads_;
+    const bool split = whole < 2 * members;
+    for (const Stretch& s : stretches_) {
+      for (int64_t i = 0; i < s.count; i += kQueryRows) {
+        const int64_t count = std::min(kQueryRows, s.count - i), position = s.position + i;
+        const int64_t oldest = global ? 0 : std::max<int64_t>(0, position - window_ + 1);
+        const int64_t first = oldest / (kPage * kStretch), last = (position + count - 1) / (kPage * kStretch) + 1;
+        for (int64_t head = 0; head < key_heads_; ++head) {
+          const int64_t parts = split && count == 1 ? std::min<int64_t>(last - first, 4 * members) : 1;
+          if (parts < 2) {
+            tasks.push_back({s.row + i, count, position, s.sequence, head, first, last, -1});
+            continue;
+          }
+          // One stretch a part, so that they are merged as one thread would have made them.
+          merges.push_back({s.row + i, position, head, partials, last - first});
+          for (int64_t part = first; part < last; ++part) {
+            tasks.push_back({s.row + i, 1, position, s.sequence, head, part, part + 1, partials++});
+          }
+        }
+      }
+    }
+    const int64_t group = heads_ / key_heads_;
+    partial_.resize(std::max<size_t>(partial_.size(), partials * group * (size_ + 2)));
+  }
+
+  void attend(Team& team, const Layer& layer) {
+    const auto &tasks = tasks_[layer.global];
+    const auto &merges = merges_[layer.global];
+    team.share(tasks.size(), [&](int64_t t) { attend_tile(layer, tasks[t]); });
+    if (merges.empty()) return;
+    const int64_t group = heads_ / key_heads_;
+    team.share(merges.size(), [&](int64_t t) {
+      const Merge& merge = merges[t];
+      Scratch scratch{group * (size_ + 2)};
+      float *highest = scratch.take(group * (size_ + 2)), *sum = highest + group, *answer = sum + group;
+      std::fill_n(highest, group, kLowest), std::fill_n(sum, group * (size_ + 1), 0.0f);
+      for (int64_t part = 0; part < merge.parts; ++part) {
+        const float* other = &partial_[(merge.partial + part) * group * (size_ + 2)];
+        join(group, highest, sum, answer, other, other + group, other + 2 * group);
+      }
+      finish(merge.row, 1, merge.head, sum, answer);
+    });
+  }
+
+  // Softmaxes over two stretches of keys become one over both.
+  void join(int64_t queries, float* highest, float* sum, float* answer, const float* other_highest,
+            const float* other_sum, const float* other) const {
+    for (int64_t i = 0; i < queries; ++i) {
+      const float top = std::max(highest[i], other_highest[i]);
+      const float mine = exponential(splat(highest[i] - top))[0], its = exponential(splat(other_highest[i] - top))[0];
+      highest[i] = top;
+      sum[i] = sum[i] * mine + other_sum[i] * its;
+      for (int64_t c = 0; c < size_; ++c) {
+        answer[i * size_ + c] = answer[i * size_ + c] * mine + other[i * size_ + c] * its;
+      }
+    }
+  }
+
+  void finish(int64_t row, int64_t count, int64_t head, const float* sum, const float* answer) {
+    const int64_t group = heads_ / key_heads_;
+    for (int64_t i = 0; i < count * group; ++i) {
+      const int64_t h = head * group + i % group, r = row + i / group;
+      const float* gate = &projected_[r * projected_width() + (heads_ + 2 * key_heads_ + h) * size_];
+      float* to = &attended_[(r * heads_ + h) * size_];
+      for (int64_t c = 0; c < size_; ++c) to[c] = answer[i * size_ + c] / sum[i] * logistic(gate[c]);
+    }
+  }
+
+  void attend_tile(const Layer& layer, const Task& task) {
+    const int64_t group = heads_ / key_heads_, queries = task.count * group;
+    const int64_t newest = task.position + task.count - 1;
+    const int64_t oldest = layer.global ? 0 : std::max<int64_t>(0, task.position - window_ + 1);
+    Scratch scratch{queries * size_, queries * kPage, queries * (size_ + 2), queries * (size_ + 2)};
+    float *q = scratch.take(queries * size_), *scores = scratch.take(queries * kPage);
+    float *highest = scratch.take(queries * (size_ + 2)), *sum = highest + queries, *answer = sum + queries;
+    float *top = scratch.take(queries * (size_ + 2)), *part = top + queries, *read = part + queries;
+    for (int64_t i = 0; i < queries; ++i) {
+      const float* from = &projected_[(task.row + i / group) * projected_width() + (task.head * group + i % group) * size_];
+      std::copy_n(from, size_, q + i * size_);
+    }
+    std::fill_n(highest, queries, kLowest), std::fill_n(sum, queries * (size_ + 1), 0.0f);
+    for (int64_t stretch = task.first; stretch < task.last; ++stretch) {
+      std::fill_n(top, queries, kLowest), std::fill_n(part, queries * (size_ + 1), 0.0f);
+      const int64_t low = std::max(oldest / kPage, stretch * kStretch);
+      const int64_t high = std::min(newest / kPage + 1, (stretch + 1) * kStretch);
+      for (int64_t block = low; block < high; ++block) {
+        const float* keys = page(layer.global, layer, task.sequence, block, task.head);
+        const int64_t seen = std::min(kPage, newest - block * kPage + 1);
+        multiply_here(queries, kPage, size_, {q, size_, 1}, keys, kPage, scores, kPage, false);
+        for (int64_t i = 0; i < queries; ++i) {
+          read_scores(layer, task.position + i / group, block * kPage, scores + i * kPage, top[i], part[i], read + i * size_);
+        }
+        multiply_rows(queries, size_, seen, {scores, kPage, 1}, keys + kPage * size_, read, true);
+      }
+      join(queries, highest, sum, answer, top, part, read);
+    }
+    if (task.partial < 0) {
+      finish(task.row, task.count, task.head, sum, answer);
+    } else {
+      std::copy_n(highest, queries * (size_ + 2), &partial_[task.partial * group * (size_ + 2)]);
+    }
+  }
+
+  // Scores of one query over one page become e^(score - highest so far), zero where it does not see the key.
+  void read_scores(const Layer& layer, int64_t position, int64_t start, float* scores, float& top, float& sum,
+                   float* answer) const {
+    const int64_t low = layer.global ? 0 : std::max<int64_t>(0, position - window_ + 1 - start);
+    const int64_t high = std::min(kPage, position + 1 - start);
+    for (int64_t s = 0; s < kPage; ++s) {
+      if (s < low || s >= high) scores[s] = -std::numeric_limits<float>::infinity();
+    }
+    Vec most = splat(kLowest);
+    for (int64_t s = 0; s < kPage; s += kLanes) most = most < vec(scores + s) ? vec(scores + s) : most;
+    float highest = top;
+    for (int l = 0; l < kLanes; ++l) highest = std::max(highest, most[l]);
+    Vec gathered{};
+    for (int64_t s = 0; s < kPage; s += kLanes) {
+      const Vec score = vec(scores + s);
+      const Vec p = (score > -std::numeric_limits<float>::infinity()) | (score != score) ? exponential(score - highest) : Vec{};
+      vec(scores + s) = p;
+      gathered += p;
+    }
+    const float old = exponential(splat(top - highest))[0];
+    sum *= old;
+    for (int l = 0; l < kLanes; ++l) sum += gathered[l];
+    for (int64_t c = 0; c < size_; ++c) answer[c] *= old;
+    top = highest;
+  }
+
+  void through_experts(Team& team, const Layer& layer, int64_t* counts) {
+    product(team, layer.router, normed_.data(), width_, scores_.data(), whole_panels(experts_));
+    team.share(1, [&](int64_t) { route(layer, counts); });
+    const int64_t wide = std::max(padded(hidden_), padded(shared_)), slots = rows_ * chosen_;
+    const int64_t panels = layer.gate_up.panels(), shared_panels = shared_ ? layer.shared_gate_up.panels() : 0;
+    const int64_t used = static_cast<int64_t>(used_.size());
+    team.share(used * panels + shared_panels, [&](int64_t task) {
+      if (task >= used * panels) {
+        panel_rows(layer.shared_gate_up, task - used * panels, rows_, [&](int64_t i) { return &normed_[i * width_]; },
+                   [&](int64_t i, const float* y) {
+                     activate(y, &active_[(slots + i) * wide + (task - used * panels) * kPanel / 2]);
+                   });
+        return;
+      }
+      const int64_t e = used_[task / panels], p = task % panels, begin = begin_[e];
+      panel_rows(layer.gate_up.of(e), p, begin_[e + 1] - begin,
+                 [&](int64_t i) { return &normed_[order_[begin + i] / chosen_ * width_]; },
+                 [&](int64_t i, const float* y) { activate(y, &active_[(begin + i) * wide + p * kPanel / 2]); });
+    });
+    const int64_t downs = layer.down.panels();
+    team.share((used + (shared_ > 0)) * downs, [&](int64_t task) {
+      const int64_t p = task % downs, columns = std::min(kPanel, width_ - p * kPanel);
+      if (task >= used * downs) {
+        panel_rows(layer.shared_down, p, rows_, [&](int64_t i) { return &active_[(slots + i) * wide]; },
+                   [&](int64_t i, const float* y) { std::copy_n(y, columns, &made_[(slots + i) * width_ + p * kPanel]); });
+        return;
+      }
+      const int64_t e = used_[task / downs], begin = begin_[e];
+      panel_rows(layer.down.of(e), p, begin_[e + 1] - begin, [&](int64_t i) { return &active_[(begin + i) * wide]; },
+                 [&](int64_t i, const float* y) { std::copy_n(y, columns, &made_[order_[begin + i] * width_ + p * kPanel]); });
+    });
+  }
+
+  // The chosen experts of every row, their weights, and the slots of each expert (slot = row K + choice).
+  void route(const Layer& layer, int64_t* counts) {
+    std::fill(begin_.begin(), begin_.end(), 0);
+    for (int64_t i = 0; i < rows_; ++i) {
+      float* score = &scores_[i * whole_panels(experts_)];
+      for (int64_t e = 0; e < whole_panels(experts_); e += kLanes) vec(score + e) = sigmoid(vec(score + e));
+      float total = 0.0f;
+      for (int64_t k = 0; k < chosen_; ++k) {
+        int64_t best = -1;
+        float highest = -std::numeric_limits<float>::infinity();
+        for (int64_t e = 0; e < experts_; ++e) {
+          const float value = score[e] + layer.bias[e];
+          if (value > highest && !taken(i, k, e)) highest = value, best = e;
+        }
+        if (best < 0) best = k;  // nothing is greater than nothing: scores that are no numbers
+        picked_[i * chosen_ + k] = best;
+        weight_[i * chosen_ + k] = score[best];
+        total += score[best];
+        ++begin_[best + 1];
+      }
+      for (int64_t k = 0; k < chosen_; ++k) {
+        weight_[i * chosen_ + k] = weight_[i * chosen_ + k] / (total + 1e-20f) * route_scale_;
+      }
+    }
+    used_.clear();
+    for (int64_t e = 0; e < experts_; ++e) {
+      if (begin_[e + 1]) used_.push_back(e);
+      counts[e] += begin_[e + 1];
+      begin_[e + 1] += begin_[e];
+    }
+    std::vector<int64_t> next(begin_.begin(), begin_.end());
+    for (int64_t slot = 0; slot < rows_ * chosen_; ++slot) order_[next[picked_[slot]]++] = slot;
+  }
+
+  bool taken(int64_t row, int64_t before, int64_t expert) const {
+    for (int64_t k = 0; k < before; ++k) {
+      if (picked_[row * chosen_ + k] == expert) return true;
+    }
+    return false;
+  }
+
+  // What a row's experts made, weighed and summed with the shared one's.
+  void combine(const Layer&, int64_t row) {
+    float* to = &mixed_[row * width_];
+    if (shared_) {
+      std::copy_n(&made_[(rows_ * chosen_ + row) * width_], width_, to);
+    } else {
+      std::fill_n(to, width_, 0.0f);
+    }
+    for (int64_t k = 0; k < chosen_; ++k) {
+      const float *from = &made_[(row * chosen_ + k) * width_], weight = weight_[row * chosen_ + k];
+      for (int64_t i = 0; i < width_; ++i) to[i] += weight * from[i];
+    }
+  }
+
+  std::vector<at::Tensor> weights_;
+  at::Tensor embedding_;
+  const float* final_norm_ = nullptr;
+  Matrix head_;
+  std::vector<Layer> layers_;
+  std::vector<float> frequencies_;
+  int64_t vocabulary_, width_, heads_, key_heads_, size_, experts_, chosen_, window_, dense_, hidden_, shared_;
+  int64_t pool_layers_[2];
+  float eps_, route_scale_, embed_scale_;
+
+  // Of one step.
+  int64_t rows_ = 0;
+  const int64_t *tokens_ = nullptr, *positions_ = nullptr, *table_[2] = {};
+  int64_t table_width_[2] = {};
+  float* pool_[2] = {};
+  std::vector<Stretch> stretches_;
+  std::vector<Task> tasks_[2];
+  std::vector<Merge> merges_[2];
+  std::vector<int64_t> sequence_, picked_, order_, begin_, used_;
+  std::vector<float> x_, normed_, mixed_, projected_, attended_, active_, made_, scores_, weight_, partial_;
+};
+
+}  // namespace trinity
+
+TORCH_LIBRARY_FRAGMENT(trinity, library) {
+  library.class_<trinity::Decoder>("Decoder")
+      .def(torch::init<std::vector<int64_t>, std::vector<double>, std::vector<at::Tensor>>())
+      .def("forward", &trinity::Decoder::forward);
+}

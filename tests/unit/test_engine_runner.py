@@ -1,0 +1,221 @@
+"""The compiled decoder against the model's own code, in every kind of weight; and against itself in other company."""
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trinity.config.model import ModelConfig
+from trinity.engine.pages import PAGE, Pools, pages_for
+from trinity.engine.runner import CompiledRunner, PlainRunner, Rows, Runner
+from trinity.engine.weights import Kind, decoder_weights, interleaved, packed
+from trinity.kernels.compiled import is_loaded
+from trinity.model.experts import MixtureOfExperts
+from trinity.model.init import build_model
+from trinity.model.layers import SwiGLU
+from trinity.model.transformer import Transformer
+from trinity.recipes.table import recipe
+
+STEP = 96  # tokens at most
+CONFIGS = {
+    "debug": replace(recipe("debug").model, sliding_window=40),
+    "odd": replace(recipe("debug").model, sliding_window=100, hidden_size=72, moe_intermediate_size=24, head_dim=12,
+                   intermediate_size=52, vocab_size=515, num_shared_experts=0, num_experts=7, mup_enabled=False),
+}  # fmt: skip
+
+needs_kernels = pytest.mark.skipif(not is_loaded(), reason="no C++ compiler here")
+
+
+def a_model(config: ModelConfig) -> Transformer:
+    model = build_model(config, 3).eval().requires_grad_(False)
+    for number, bias in enumerate(model.expert_biases()):
+        bias.normal_(0, 0.05, generator=torch.Generator().manual_seed(number))
+    return model
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request) -> Transformer:
+    return a_model(CONFIGS[request.param])
+
+
+def pools_for(config: ModelConfig, sequences: int, length: int) -> tuple[Pools, list[tuple[list[int], list[int]]]]:
+    """Pools full of nan, and pages and ring of each sequence, in no order."""
+    pools = Pools(config, sequences * pages_for(length) + 3, sequences, STEP)
+    pools.paged.values.fill_(torch.nan)
+    pools.local.values.fill_(torch.nan)
+    pools.paged.free.sort(key=lambda page: page * 7 % 5)
+    rings = [pools.take_ring() or [] for _ in range(sequences)]
+    return pools, [(pools.paged.take(pages_for(length)), ring) for ring in rings]
+
+
+def read(runner: Runner, tokens: list[int], cuts: list[int]) -> Tensor:
+    """Logits [T, V] of a text that is read in pieces of these lengths, over and over."""
+    pools, [(pages, ring)] = pools_for(runner.config, 1, len(tokens))
+    made, start, turn = [], 0, 0
+    while start < len(tokens):
+        part = tokens[start : start + cuts[turn % len(cuts)]]
+        made.append(runner.forward([Rows(part, start, pages, ring, len(part))], pools))
+        start, turn = start + len(part), turn + 1
+    return torch.cat(made)
+
+
+def a_text(config: ModelConfig, length: int, seed: int = 0) -> list[int]:
+    return torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def plain_logits(model: Transformer, tokens: list[int]) -> Tensor:
+    return model.head(model(torch.tensor([tokens])).hidden)[0]
+
+
+@torch.inference_mode()
+def test_pages_change_nothing_for_the_models_own_code(model):
+    tokens = a_text(model.config, 230)
+    found = read(PlainRunner(model), tokens, [STEP, 1, 33])
+    torch.testing.assert_close(found, plain_logits(model, tokens), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@torch.inference_mode()
+def test_the_compiled_decoder_computes_what_the_model_does(model):
+    tokens = a_text(model.config, 230)
+    runner, plain = CompiledRunner(model.config, decoder_weights(model, "float32")), PlainRunner(model)
+    found = read(runner, tokens, [STEP])
+    torch.testing.assert_close(found, read(plain, tokens, [STEP]), rtol=1e-3, atol=1e-4)
+    assert torch.equal(runner.expert_rows, plain.expert_rows)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+@torch.inference_mode()
+def test_narrow_weights_are_computed_with_as_they_are_unpacked(model, kind: Kind):
+    found = read(CompiledRunner(model.config, decoder_weights(model, kind)), a_text(model.config, 90), [STEP])
+    narrow = a_model(model.config)
+    narrowed(narrow, kind)
+    torch.testing.assert_close(found, plain_logits(narrow, a_text(model.config, 90)), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(found, plain_logits(model, a_text(model.config, 90)), rtol=1e-3, atol=1e-4)
+
+
+def narrowed(model: Transformer, kind: Kind) -> None:
+    """Every weight of a model becomes what the decoder makes of it."""
+
+    def narrow(weight: Tensor, kind: Kind = kind) -> None:
+        weight.copy_(packed(weight, kind).unpacked(weight.shape[-2]))
+
+    model.embed_tokens.weight.copy_(model.embed_tokens.weight.bfloat16())
+    narrow(model.lm_head.weight, "bfloat16" if kind == "bfloat16" else "int8")
+    for block in model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj, attention.gate_proj, attention.o_proj):
+            narrow(projection.weight)
+        for part in (mlp, mlp.shared_experts) if isinstance(mlp, MixtureOfExperts) else (mlp,):
+            if isinstance(part, SwiGLU):
+                for projection in (part.gate_proj, part.up_proj, part.down_proj):
+                    narrow(projection.weight)
+        if isinstance(mlp, MixtureOfExperts):
+            narrow(mlp.experts.gate_up_proj)
+            narrow(mlp.experts.down_proj)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["float32", "int4"])
+@settings(max_examples=12)
+@given(seed=st.integers(0, 10**6))
+@torch.inference_mode()
+def test_no_bit_depends_on_company_or_on_how_a_text_is_cut(kind: Kind, seed: int):
+    chance = Random(seed)
+    config = CONFIGS["debug"]
+    runner = RUNNERS.setdefault(kind, CompiledRunner(config, decoder_weights(a_model(config), kind)))
+    texts = [a_text(config, chance.randint(1, 150), place) for place in range(chance.randint(1, 4))]
+    pools, places = pools_for(config, len(texts), 150)
+    made: list[list[Tensor]] = [[] for _ in texts]
+    done = [0] * len(texts)
+    while any(start < len(text) for start, text in zip(done, texts, strict=True)):
+        rows, who = [], []
+        for number in chance.sample(range(len(texts)), len(texts)):
+            count = min(chance.randint(0, STEP), len(texts[number]) - done[number])
+            if count:
+                part = texts[number][done[number] : done[number] + count]
+                rows.append(Rows(part, done[number], *places[number], count))
+                who.append(number)
+        if not rows:
+            continue
+        logits = runner.forward(rows, pools).split([one.wanted for one in rows])
+        for number, one, part in zip(who, rows, logits, strict=True):
+            made[number].append(part)
+            done[number] += len(one.tokens)
+    for text, parts in zip(texts, made, strict=True):
+        assert torch.equal(torch.cat(parts), read(runner, text, [1]))
+
+
+RUNNERS: dict[str, CompiledRunner] = {}
+
+
+@needs_kernels
+@torch.inference_mode()
+def test_threads_change_no_bit_where_one_sequence_is_long():
+    """Beyond 1,024 tokens one query's softmax is made in parts, by whoever is free."""
+    config = replace(CONFIGS["debug"], sliding_window=1500, num_hidden_layers=4, max_position_embeddings=4096)
+    runner = CompiledRunner(config, decoder_weights(a_model(config), "float32"))
+    tokens = a_text(config, 2600)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = read(runner, tokens, [STEP])
+        torch.set_num_threads(3)
+        pools, [(pages, ring)] = pools_for(config, 1, len(tokens))
+        for start in range(0, 2590, 74):
+            runner.forward([Rows(tokens[start : start + 74], start, pages, ring, 1)], pools)
+        single = [runner.forward([Rows([tokens[i]], i, pages, ring)], pools) for i in range(2590, 2600)]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.cat(single), alone[2590:])
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@given(outputs=st.integers(1, 140), groups=st.integers(1, 3), seed=st.integers(0, 99))
+def test_packing_keeps_values_to_half_a_step(kind: Kind, outputs: int, groups: int, seed: int):
+    matrix = torch.randn(outputs, 32 * groups, generator=torch.Generator().manual_seed(seed))
+    matrix[0, :32] = 0
+    found = packed(matrix, kind).unpacked(outputs)
+    assert found.shape == matrix.shape and not found[0, :32].any()
+    widest = matrix.unflatten(-1, (-1, 32)).abs().amax(-1).repeat_interleave(32, -1)
+    step = {"float32": 0.0, "bfloat16": 2**-8, "int8": 1.02 / 254, "int4": 0.19}[kind]
+    assert bool(((found - matrix).abs() <= step * widest).all())
+
+
+def test_a_panel_has_a_gate_and_what_it_multiplies():
+    gate, up = torch.arange(40.0)[:, None], torch.arange(40.0)[:, None] + 100
+    found = interleaved(gate, up).flatten().tolist()
+    assert found[:32] == list(range(32)) and found[32:64] == list(range(100, 132))
+    assert found[64:72] == list(range(32, 40)) and found[96:104] == list(range(132, 140)) and len(found) == 128
+
+
+def test_pages_are_counted():
+    pools = Pools(CONFIGS["debug"], 4, 1, STEP)
+    pages, ring = pools.paged.take(3), pools.take_ring()
+    assert ring is not None and pools.take_ring() is None and len(ring) == pages_for(40 + STEP) + 1
+    pools.paged.share(pages[:1])
+    pools.paged.release(pages)
+    assert pools.paged.in_use == 1 and pools.bytes_in_use() > 0
+    pools.paged.release(pages[:1])
+    pools.local.release(ring)
+    assert pools.paged.in_use == pools.bytes_in_use() == 0
+    with pytest.raises(AssertionError, match="free already"):
+        pools.paged.release(pages[:1])
+
+
+@torch.inference_mode()
+def test_a_window_moves_to_another_ring():
+    config = CONFIGS["debug"]
+    runner, tokens = PlainRunner(a_model(config)), a_text(config, 2 * PAGE + 9)
+    pools, [(pages, ring), (_, other)] = pools_for(config, 2, 200)
+    runner.forward([Rows(tokens[:STEP], 0, pages, ring, 0)], pools)
+    runner.forward([Rows(tokens[STEP : 2 * PAGE], STEP, pages, ring, 0)], pools)
+    pools.put_window(other, 2 * PAGE, pools.window_of(ring, 2 * PAGE))
+    rest = tokens[2 * PAGE :]
+    logits = [runner.forward([Rows(rest, 2 * PAGE, pages, one, 9)], pools) for one in (ring, other)]
+    assert torch.equal(*logits)
