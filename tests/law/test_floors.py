@@ -34,6 +34,7 @@ ONLY_IN = {
     "starlette": {"serve"},
     "uvicorn": {"serve"},
     "matplotlib": {"report"},
+    "llguidance": {"engine"},
     "model_signing": {"release"},
     "torch": {package for package in FLOOR if package not in NO_TORCH},
 }

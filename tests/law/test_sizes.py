@@ -18,7 +18,7 @@ CEILINGS = {
     "cli": 2660,
     "config": 900,
     "data": 3200,
-    "engine": 850,
+    "engine": 1070,
     "kernels": 420,
     "model": 950,
     "optim": 400,

@@ -16,6 +16,7 @@ import torch
 from trinity.base.errors import DataError, RequestError
 from trinity.base.seeds import named_seed
 from trinity.engine.cache import KVCache
+from trinity.engine.grammar import Matcher, matcher_of
 from trinity.engine.request import FinishReason, Piece, Request, TokenLogprob
 from trinity.engine.sampler import choose, logprobs_of
 from trinity.engine.stopping import StopFinder
@@ -29,7 +30,9 @@ SCORED_ROWS = 64  # of logits at once: with 200,000 entries a row, 51 MB
 class Sequence:
     """One active request and all it holds: its cache, its answer so far, its randomness."""
 
-    def __init__(self, request_id: int, request: Request, model: Transformer, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, request_id: int, request: Request, model: Transformer, tokenizer: Tokenizer, matcher: Matcher | None
+    ) -> None:
         self.id = request_id
         self.prompt = list(request.prompt)
         self.sampling = request.sampling
@@ -37,6 +40,7 @@ class Sequence:
         self.cache = KVCache(model.config, CHUNK_TOKENS)
         self.decoder = StreamDecoder(tokenizer)
         self.stops = StopFinder(request.sampling.stop)
+        self.matcher = matcher  # of the constraint, if there is one
         self.prompt_logprobs: list[TokenLogprob] = []
         seed = request.sampling.seed
         root = secrets.randbits(62) if seed is None else seed
@@ -91,7 +95,10 @@ class Engine:
         return sum(sequence.cache.bytes_held() for sequence in self.active.values())
 
     def check(self, request: Request) -> None:
-        """RequestError where this model cannot serve the request: an empty or too long prompt, an unknown token."""
+        """RequestError where this model cannot serve the request.
+
+        That is an empty or too long prompt, an unknown token, a constraint that no answer can meet.
+        """
         context, length = self.model.config.max_position_embeddings, len(request.prompt)
         vocabulary = self.model.config.vocab_size
         if not request.prompt:
@@ -105,6 +112,11 @@ class Engine:
             for token in tokens:
                 if not 0 <= token < vocabulary:
                     raise RequestError(f"{what} names token {token}.", f"Token ids lie between 0 and {vocabulary - 1}.")
+        self._matcher(request)
+
+    def _matcher(self, request: Request) -> Matcher | None:
+        """Of the request's constraint; RequestError for one that cannot be held to."""
+        return matcher_of(request.sampling, self.tokenizer, self.end_ids, self.model.config.vocab_size)
 
     def submit(self, request: Request) -> int:
         """Queue a request; its pieces carry the returned id. Raises RequestError (see `check`)."""
@@ -129,7 +141,7 @@ class Engine:
         """Advance every active request by one forward pass. A request that ended has freed everything it held."""
         while self.waiting and len(self.active) < self.max_active:
             request_id, request = self.waiting.popleft()
-            self.active[request_id] = Sequence(request_id, request, self.model, self.tokenizer)
+            self.active[request_id] = Sequence(request_id, request, self.model, self.tokenizer, self._matcher(request))
         pieces = []
         for sequence in list(self.active.values()):
             try:
@@ -169,19 +181,25 @@ class Engine:
     def _add(self, sequence: Sequence, logits: torch.Tensor) -> Piece:
         """Draw the next token from logits [V] and add it to the answer, or end the answer."""
         sampling = sequence.sampling
-        token = choose(logits, sampling, sequence.prompt, sequence.answer, sequence.draw)
+        row = logits  # the model's own stay as they are, for the log-probabilities
+        if sequence.matcher is not None:
+            sequence.matcher.mask(row := logits.clone())
+        token = choose(row, sampling, sequence.prompt, sequence.answer, sequence.draw)
         if token in self.end_ids or token in sampling.stop_token_ids:
             return sequence.piece(self._last_text(sequence), finish_reason="stop")
         sequence.answer.append(token)
+        if sequence.matcher is not None:
+            sequence.matcher.accept(token)
         logprobs = None
         if sampling.logprobs is not None:
             logprobs = logprobs_of(logits[None], torch.tensor([token]), sampling.logprobs)
         text = sequence.stops.push(sequence.decoder.push(token))
         if sequence.stops.found:
             return sequence.piece(text, token, logprobs, "stop")
-        if len(sequence.answer) == sequence.most_tokens:
+        whole = sequence.matcher is not None and sequence.matcher.finished
+        if whole or len(sequence.answer) == sequence.most_tokens:
             text += self._last_text(sequence)
-            return sequence.piece(text, token, logprobs, "stop" if sequence.stops.found else "length")
+            return sequence.piece(text, token, logprobs, "stop" if whole or sequence.stops.found else "length")
         return sequence.piece(text, token, logprobs)
 
     def _last_text(self, sequence: Sequence) -> str:

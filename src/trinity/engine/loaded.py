@@ -18,12 +18,13 @@ from torch import Tensor
 from trinity.base.errors import RequestError, UsageError, nearest
 from trinity.ckpt.opened import OpenedModel, open_model
 from trinity.engine.engine import Engine, end_tokens, run
-from trinity.engine.request import Generation, Piece, Request, SamplingParams, gather
+from trinity.engine.request import Generation, Piece, Request, SamplingParams, constraint_of, gather
 from trinity.model.transformer import Transformer
 from trinity.text.chat import Message, render
 from trinity.text.tokenizer import Tokenizer
 
 LATER = ("int8", "int4")
+FORMS = ("json_schema", "regex", "grammar", "after_think")  # keywords of constraint_of
 
 
 def load(path: Path | str, dtype: str = "float32") -> "LoadedModel":
@@ -90,7 +91,11 @@ class LoadedModel:
     def generate(
         self, text_or_ids: str | Sequence[int], max_new_tokens: int = 64, temperature: float = 0.0, **sampling: Any
     ) -> Generation:
-        """Continue a text. `sampling` takes the fields of SamplingParams; log-probabilities are given in any case."""
+        """Continue a text. `sampling` takes the fields of SamplingParams; log-probabilities are given in any case.
+
+        One of `json_schema` (a dictionary or text), `regex` and `grammar` (Lark) holds the answer to that form, with
+        `after_think` only behind its first `</think>`.
+        """
         return self._answer(self.prompt(text_or_ids), max_new_tokens, temperature, sampling)
 
     def chat(
@@ -136,11 +141,10 @@ class LoadedModel:
 
 
 def sampling_from(values: dict[str, Any]) -> SamplingParams:
-    """SamplingParams from keyword arguments; a name it does not have is a RequestError."""
-    unknown = sorted(set(values) - set(SamplingParams.__dataclass_fields__))
+    """SamplingParams from keyword arguments, the FORMS among them; a name that is neither is a RequestError."""
+    known = [*FORMS, *(name for name in SamplingParams.__dataclass_fields__ if name != "constraint")]
+    unknown = sorted(set(values) - set(known))
     if unknown:
-        raise RequestError(
-            f"There is no sampling parameter '{unknown[0]}'.",
-            nearest(unknown[0], list(SamplingParams.__dataclass_fields__)),
-        )
-    return SamplingParams(**values)
+        raise RequestError(f"There is no sampling parameter '{unknown[0]}'.", nearest(unknown[0], known))
+    form = constraint_of(**{name: value for name, value in values.items() if name in FORMS})
+    return SamplingParams(constraint=form, **{name: value for name, value in values.items() if name not in FORMS})

@@ -1,13 +1,23 @@
 """What a caller asks for and gets: sampling parameters, requests, pieces of an answer as they appear, generations."""
 
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from trinity.base.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MOST_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """The form of a whole answer: a JSON schema, a regular expression, or a grammar in Lark's notation."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+    after_think: bool = False  # hold it only behind the first </think>; what comes before is free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +39,9 @@ class SamplingParams:
     seed: int | None = None  # None draws a fresh one
     stop: tuple[str, ...] = ()  # the answer ends before the first of these texts
     stop_token_ids: tuple[int, ...] = ()  # the answer ends before these tokens, beside the model's own end tokens
+    constraint: Constraint | None = (
+        None  # the form of the answer (engine/grammar.py); end tokens only where it is whole
+    )
     logprobs: int | None = None  # None: none; n: of each chosen token and of the n likeliest beside it
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
 
@@ -53,6 +66,33 @@ class SamplingParams:
             _demand(f"logit_bias of token {token}", bias, -100, 100)
         if any(not text for text in self.stop):
             raise RequestError("A stop string is empty.", "An empty text stands everywhere; leave it out.")
+
+
+def constraint_of(
+    json_schema: dict[str, Any] | str | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    after_think: bool = False,
+) -> Constraint | None:
+    """The constraint that keyword arguments ask for, None for none; RequestError for two at once."""
+    asked = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+    given = [name for name, value in asked.items() if value is not None]
+    if len(given) > 1:
+        raise RequestError(f"{given[0]} and {given[1]} are both given.", "An answer has one form: leave one out.")
+    if not given:
+        if after_think:
+            raise RequestError("after_think is given without a form.", f"Add one of {', '.join(asked)}.")
+        return None
+    (name,), text = given, asked[given[0]]
+    if name == "json_schema" and not isinstance(text, str):
+        try:
+            text = json.dumps(text, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            remedy = "Give a dictionary or a text; of a pydantic class, its model_json_schema()."
+            raise RequestError(f"json_schema is not JSON: {error}.", remedy) from error
+    if not isinstance(text, str):
+        raise RequestError(f"{name} is {type(text).__name__}.", "It must be a text.")
+    return Constraint("lark" if name == "grammar" else name, text, bool(after_think))  # type: ignore[arg-type]
 
 
 def _demand(name: str, value: float, low: float, high: float, above: bool = False) -> None:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Scope
 from trinity.base.errors import DataError, RequestError
 from trinity.base.seeds import named_seed
 from trinity.config.serve import ServeConfig
+from trinity.engine.grammar import ConstraintError
 from trinity.engine.loaded import LoadedModel
 from trinity.engine.request import Request, SamplingParams
 from trinity.serve.answers import ChatShape, CompletionShape, Head, Shape
@@ -66,7 +67,7 @@ class Service:
         requests, texts = [], []
         for prompt in asked.prompts():
             ids = self.loaded.prompt(prompt)
-            requests += self._choices(ids, sampling, asked.n, "prompt")
+            requests += self._choices(asked, ids, sampling, "prompt")
             texts += [prompt if isinstance(prompt, str) else tokenizer.decode(prompt)] * asked.n
         return requests, CompletionShape(requests, texts, tokenizer, asked.echo, top is not None)
 
@@ -77,22 +78,24 @@ class Service:
             ids = self.loaded.chat_prompt([message.plain() for message in asked.messages])
         except (RequestError, DataError) as error:
             raise ApiError(400, str(error), "messages") from error
-        return self._choices(ids, sampling, asked.n, "messages"), ChatShape(self.loaded.tokenizer, asked.logprobs)
+        return self._choices(asked, ids, sampling, "messages"), ChatShape(self.loaded.tokenizer, asked.logprobs)
 
     def _sampling(self, asked: Asked, limit: int | None, **more: Any) -> SamplingParams:
         most = self.config.max_new_tokens if limit is None else limit
         return asked.sampling(self.defaults, max_new_tokens=most, **more)
 
-    def _choices(self, prompt: tuple[int, ...], sampling: SamplingParams, n: int, field: str) -> list[Request]:
+    def _choices(self, asked: Asked, prompt: tuple[int, ...], sampling: SamplingParams, field: str) -> list[Request]:
         """The n sequences of one prompt; with a seed, each choice has its own seed derived from it."""
         requests = []
-        for choice in range(n):
+        for choice in range(asked.n):
             own = sampling
             if choice and sampling.seed is not None:
                 own = replace(sampling, seed=named_seed(sampling.seed, "choice", choice))
             requests.append(Request(prompt=prompt, sampling=own))
         try:
             self.worker.engine.check(requests[0])
+        except ConstraintError as error:
+            raise ApiError(400, str(error), field_named(error) or asked.form_field) from error
         except RequestError as error:
             too_long = len(prompt) >= self.loaded.model.config.max_position_embeddings
             code = "context_length_exceeded" if too_long else None

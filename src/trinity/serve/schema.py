@@ -3,17 +3,19 @@
 A field it does not honour is refused by name rather than ignored, save those that ask for nothing (HARMLESS, NEUTRAL).
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from trinity.engine.request import MOST_TOP_LOGPROBS, SamplingParams
+from trinity.engine.request import MOST_TOP_LOGPROBS, Constraint, SamplingParams, constraint_of
 from trinity.serve.errors import ApiError
 
 MOST_CHOICES = 16  # n
 MOST_PROMPTS = 256  # in one /v1/completions request
 MOST_STOPS = 16
 MOST_STOP_CHARACTERS = 512
+ANY_OBJECT = {"type": "object"}
 
 # Labels for the provider's own bookkeeping; nothing in the answer could depend on them.
 HARMLESS = {
@@ -29,7 +31,6 @@ HARMLESS = {
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "suffix": ("",),
     "best_of": (1,),
@@ -63,6 +64,45 @@ class StreamOptions(Sent):
     include_usage: bool = False
 
 
+class SchemaSent(Sent):
+    """The schema is kept to in any case: `strict` asks for what happens."""
+
+    schema_: dict[str, Any] = Field(alias="schema")
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Sent):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaSent | None = None
+
+    def form(self) -> dict[str, Any]:
+        if self.type != "json_schema":
+            return {"json_schema": ANY_OBJECT} if self.type == "json_object" else {}
+        if self.json_schema is None:
+            raise ApiError(400, "'response_format' has no 'json_schema'.", "response_format")
+        return {"json_schema": self.json_schema.schema_}
+
+
+class StructuredOutputs(Sent):
+    """vLLM's extension, one of: a JSON schema, any JSON object, a regular expression, a choice of texts, a grammar."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: Literal[True] | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = None  # in Lark's notation
+
+    def form(self) -> dict[str, Any]:
+        if len(self.model_fields_set) != 1:
+            raise ApiError(400, "'structured_outputs' must name one form, and one alone.", "structured_outputs")
+        if self.choice:
+            return {"grammar": "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in self.choice)}
+        schema = ANY_OBJECT if self.json_object else self.json_
+        return {"json_schema": schema, "regex": self.regex, "grammar": self.grammar}
+
+
 class Asked(Sent):
     """What both endpoints take: sampling, endings, number of choices, streaming."""
 
@@ -80,6 +120,9 @@ class Asked(Sent):
     stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MOST_STOPS)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    after_think: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -101,8 +144,26 @@ class Asked(Sent):
             logit_bias=self._logit_bias(),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            constraint=self._constraint(),
             **more,
         )
+
+    @property
+    def form_field(self) -> str | None:
+        """The field that holds the answer to a form, if one does."""
+        if self.structured_outputs is not None:
+            return "structured_outputs"
+        return "response_format" if self.response_format and self.response_format.form() else None
+
+    def _constraint(self) -> Constraint | None:
+        if self.form_field is None and self.after_think:
+            raise ApiError(400, "'after_think' needs a 'response_format' or 'structured_outputs'.", "after_think")
+        form = self.response_format.form() if self.response_format is not None else {}
+        if self.structured_outputs is not None:
+            if form:
+                raise ApiError(400, "'response_format' and 'structured_outputs' are both given.", "structured_outputs")
+            form = self.structured_outputs.form()
+        return constraint_of(**form, after_think=self.after_think)
 
     def _logit_bias(self) -> dict[int, float]:
         """JSON keys are strings; here they must be token ids."""

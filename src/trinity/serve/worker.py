@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from trinity.config.serve import ServeConfig
 from trinity.engine.engine import Engine
+from trinity.engine.grammar import ConstraintError
 from trinity.engine.request import Piece, Request
 from trinity.serve.errors import ApiError
 from trinity.serve.metrics import Metrics
@@ -45,7 +46,7 @@ class Job:
             if isinstance(item, ApiError):
                 raise item
             if item[1].error is not None:
-                raise ApiError(500, str(item[1].error))
+                raise ApiError(400 if isinstance(item[1].error, ConstraintError) else 500, str(item[1].error))
             left -= item[1].finish_reason is not None
             yield item
 
