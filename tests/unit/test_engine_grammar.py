@@ -20,6 +20,7 @@ from trinity.engine.engine import Engine, run
 from trinity.engine.grammar import ConstraintError, Matcher, matcher_of
 from trinity.engine.loaded import LoadedModel
 from trinity.engine.request import Constraint, Generation, Request, SamplingParams, constraint_of, gather
+from trinity.engine.runner import runner_for
 from trinity.model.init import build_model
 from trinity.model.transformer import Transformer
 from trinity.text.train_bpe import train_bpe
@@ -45,7 +46,7 @@ def ask(constraint: Constraint | None, **sampling: Any) -> Request:
 
 
 def answers(model: Transformer, *requests: Request, ends: frozenset[int] = frozenset({END})) -> list[Generation]:
-    engine = Engine(model, TOKENIZER, ends)
+    engine = Engine(runner_for(model), TOKENIZER, ends)
     return [gather(pieces, len(LINE)) for pieces in run(engine, list(requests))]
 
 
@@ -295,21 +296,21 @@ def test_logprobs_stay_the_models(model: Transformer) -> None:
 def test_a_form_that_cannot_be_kept_is_refused_at_once(model: Transformer, asked: dict[str, Any], named: str) -> None:
     for think in [{}] if len(asked) > 1 or "after_think" in asked else [{}, {"after_think": True}]:
         with pytest.raises(RequestError, match=re.escape(named)) as caught:
-            Engine(model, TOKENIZER, frozenset({END})).check(ask(constraint_of(**asked, **think)))
+            Engine(runner_for(model), TOKENIZER, frozenset({END})).check(ask(constraint_of(**asked, **think)))
         assert "\n" not in str(caught.value) and str(caught.value).endswith(".") and caught.value.remedy
 
 
 def test_a_bias_against_all_that_is_allowed_is_refused(model: Transformer) -> None:
     bias = {id: -100.0 for id in range(ROWS) if TOKENIZER.piece(id)[:1] == b"a"}
     with pytest.raises(ConstraintError, match="^logit_bias forbids every token"):
-        Engine(model, TOKENIZER, frozenset({END})).check(ask(constraint_of(regex="ab"), logit_bias=bias))
+        Engine(runner_for(model), TOKENIZER, frozenset({END})).check(ask(constraint_of(regex="ab"), logit_bias=bias))
 
 
 def test_a_dead_end_ends_that_answer_alone(model: Transformer) -> None:
     dead = constraint_of(grammar='start: "1" NOTHING\nNOTHING: /[^\\s\\S]/')
     vast = constraint_of({"type": "object", "properties": {f"p{place}": {"type": "null"} for place in range(600)}})
     requests = [ask(dead), ask(constraint_of(regex="ab1")), ask(vast)]
-    ends = [pieces[-1] for pieces in run(Engine(model, TOKENIZER, frozenset()), requests)]
+    ends = [pieces[-1] for pieces in run(Engine(runner_for(model), TOKENIZER, frozenset()), requests)]
     assert [end.finish_reason for end in ends] == ["error", "stop", "error"]
     assert "no token at this place" in str(ends[0].error)
     assert "too complex" in str(ends[2].error)
@@ -317,7 +318,8 @@ def test_a_dead_end_ends_that_answer_alone(model: Transformer) -> None:
 
 def test_the_keywords_of_python(model: Transformer) -> None:
     about: dict[str, Any] = {"name": "little", "folder": Path(), "generation": {}, "lineage": {}}
-    loaded = LoadedModel(OpenedModel(model=model, tokenizer=TOKENIZER, load_balance_coeff=0.0, **about))
+    opened = OpenedModel(model=model, tokenizer=TOKENIZER, load_balance_coeff=0.0, **about)
+    loaded = LoadedModel(opened, runner_for(model))
     assert loaded.generate("ab", regex="1{2}").text == "11"
     assert loaded.generate("ab", json_schema={"const": 7}).text == "7"
     messages = [{"role": "user", "content": "ab"}]

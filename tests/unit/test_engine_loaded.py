@@ -12,9 +12,11 @@ import torch
 import trinity
 from trinity.base.errors import CheckpointError, RequestError, UsageError
 from trinity.ckpt.hf import write_hf
+from trinity.ckpt.opened import open_model
 from trinity.cli.main import main
 from trinity.engine.loaded import LoadedModel, load
 from trinity.engine.request import SamplingParams
+from trinity.kernels.compiled import is_loaded
 from trinity.model.generate import continue_greedily
 from trinity.model.init import build_model
 from trinity.recipes.table import recipe
@@ -39,10 +41,10 @@ def loaded(folder: Path) -> LoadedModel:
     return load(folder)
 
 
-def test_generate_equals_the_oracle_and_carries_logprobs(loaded: LoadedModel) -> None:
+def test_generate_equals_the_oracle_and_carries_logprobs(folder: Path, loaded: LoadedModel) -> None:
     prompt = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode("def wrap(text):")]
     answer = loaded.generate("def wrap(text):", max_new_tokens=20)
-    assert answer.token_ids == continue_greedily(loaded.model, prompt, 20, set(loaded.end_ids))
+    assert answer.token_ids == continue_greedily(open_model(folder).model, prompt, 20, set(loaded.end_ids))
     assert answer == loaded.generate(prompt, max_new_tokens=20)
     assert len(answer.logprobs) == len(answer.token_ids)
     scores = loaded.score(prompt + answer.token_ids)
@@ -55,7 +57,7 @@ def test_score_gives_one_number_a_token(loaded: LoadedModel) -> None:
     assert len(of_text) == len(ids)
     assert [None, *of_text] == of_ids
     logits = loaded.logits(torch.tensor([[loaded.tokenizer.bos_id, *ids]]))
-    assert logits.shape == (1, len(ids) + 1, loaded.model.config.vocab_size)
+    assert logits.shape == (1, len(ids) + 1, loaded.config.vocab_size)
     expected = logits[0, :-1].log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).flatten()
     assert of_text == pytest.approx(expected.tolist(), abs=1e-4)
     assert loaded.score([40]) == [None]
@@ -74,24 +76,37 @@ def test_chat_and_stream_agree(loaded: LoadedModel) -> None:
 
 
 def test_bfloat16_keeps_what_decides_routing_in_float32(folder: Path, loaded: LoadedModel) -> None:
-    half = load(folder, dtype="bfloat16")
+    half, opened = load(folder, dtype="bfloat16"), open_model(folder, "bfloat16").model
     kept = ("expert_bias", "router.gate.weight", "norm.weight", "layernorm.weight")
-    for name, tensor in half.model.state_dict().items():
+    for name, tensor in opened.state_dict().items():
         assert tensor.dtype == (torch.float32 if name.endswith(kept) else torch.bfloat16), name
-    assert all(torch.equal(a, b) for a, b in zip(half.model.expert_biases(), loaded.model.expert_biases(), strict=True))
+    biases = opened.expert_biases(), open_model(folder).model.expert_biases()
+    assert all(torch.equal(a, b) for a, b in zip(*biases, strict=True))
     ids = torch.tensor([[0, *range(40, 60)]])
     assert half.logits(ids).dtype == torch.float32
     torch.testing.assert_close(half.logits(ids), loaded.logits(ids), rtol=0, atol=0.1)
-    answer = half.generate("def wrap", max_new_tokens=8)
-    assert answer.token_ids == continue_greedily(
-        half.model, [half.tokenizer.bos_id, *half.tokenizer.encode("def wrap")], 8, set(half.end_ids)
-    )
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4", "float16"])
-def test_precisions_not_offered(folder: Path, dtype: str) -> None:
-    with pytest.raises(UsageError, match=dtype):
-        load(folder, dtype=dtype)
+@pytest.mark.skipif(not is_loaded(), reason="no C++ compiler here")
+@pytest.mark.parametrize(("dtype", "off"), [("bfloat16", 0.1), ("int8", 0.6), ("int4", 4.0)])
+def test_narrow_weights_answer_nearly_alike_in_less_memory(folder: Path, loaded: LoadedModel, dtype: str, off: float):
+    narrow = load(folder, dtype=dtype)
+    ids = torch.tensor([[0, *range(40, 60)]])
+    torch.testing.assert_close(narrow.logits(ids), loaded.logits(ids), rtol=0, atol=off)
+    assert narrow.runner.weight_bytes < 0.6 * loaded.runner.weight_bytes
+    prompt = narrow.prompt("def wrap")
+    answer = narrow.generate(prompt, max_new_tokens=8)
+    tokens = [*prompt, *answer.token_ids]
+    places = range(len(prompt) - 1, len(tokens) - 1)
+    assert answer.token_ids == [int(narrow.logits([tokens])[0, place].argmax()) for place in places]
+
+
+def test_precisions_not_offered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="float16"):
+        load(folder, dtype="float16")
+    monkeypatch.setattr("trinity.engine.loaded.is_loaded", lambda: False)
+    with pytest.raises(UsageError, match="int8 needs the compiled kernels"):
+        load(folder, dtype="int8")
 
 
 def test_bad_calls(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from trinity.base.errors import TakenError, TrinityError
+from trinity.base.memory import left_by_container
 from trinity.base.units import show_bytes
 from trinity.cli.main import main
 from trinity.config.load import override
@@ -17,7 +18,7 @@ from trinity.plan.memory import rank_memory
 from trinity.plan.stages import stages
 from trinity.recipes.table import recipe
 from trinity.train import loop, room
-from trinity.train.room import _left_by_container, available_bytes, explaining_memory, needed_by, refuse_what_cannot_fit
+from trinity.train.room import available_bytes, explaining_memory, needed_by, refuse_what_cannot_fit
 from trinity.train.state import TrainState
 
 
@@ -126,12 +127,12 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
 
 
 def test_limits_of_a_container_count(tmp_path):
-    assert _left_by_container(tmp_path) == []
+    assert left_by_container(tmp_path) == []
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("2000\n")
-    assert _left_by_container(tmp_path) == [3000]
+    assert left_by_container(tmp_path) == [3000]
     (tmp_path / "memory.max").write_text("max\n")
-    assert _left_by_container(tmp_path) == []
+    assert left_by_container(tmp_path) == []
 
 
 def test_memory_that_runs_out_in_a_step_is_told_with_figures(monkeypatch, debug_data, tmp_path, capsys):

@@ -271,22 +271,22 @@ def test_16_an_aligned_model(walk: Walk):
 
 def test_17_a_loaded_engine(walk: Walk):
     engine = walk.to(17)["engine"]
-    assert engine.model is walk.names["chat"].model, "one model code, one set of weights"
+    assert engine.runner is walk.names["chat"].runner, "one set of weights"
     assert walk.names["chat"].end_ids == {walk.names["chat"].tokenizer.eos_id, walk.names["chat"].tokenizer.im_end_id}
-    walk.tell(17, f"{engine.max_active} places, {engine.kv_bytes()} bytes of cache.")
+    walk.tell(17, f"{engine.limits.max_active} places, room for {engine.pools.tokens} tokens.")
 
 
 def test_18_to_20_from_a_request_to_its_tokens(walk: Walk):
     """One test for three stops: the page goes on with the same engine."""
     names = walk.to(18)
     request, tokenizer = names["request"], names["chat"].tokenizer
-    assert names["request_id"] in {waiting[0] for waiting in names["engine"].waiting} or names["engine"].active
+    assert names["engine"].busy and names["request_id"] == 0
     assert request.prompt[:2] == (tokenizer.bos_id, tokenizer.im_start_id)
     assert tokenizer.decode(request.prompt) == "user\nWhat does textwrap.dedent do?\nassistant\n"
     walk.tell(18, f"{len(request.prompt)} ids, the assistant's turn left open.")
     sequence = walk.to(19)["sequence"]
     if sequence is not None:
-        assert sequence.cache.tokens == len(request.prompt) and sequence.cache.bytes_used() > 0
+        assert sequence.read == len(request.prompt) and sequence.pages and names["engine"].kv_bytes() > 0
         assert len(sequence.answer) == 1
     walk.tell(19, "its prompt was read in one step.")
     new_ids = walk.to(20)["new_ids"]

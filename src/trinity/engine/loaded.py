@@ -17,50 +17,51 @@ from torch import Tensor
 
 from trinity.base.errors import RequestError, UsageError, nearest
 from trinity.ckpt.opened import OpenedModel, open_model
+from trinity.config.model import ModelConfig
 from trinity.engine.engine import Engine, end_tokens, run
+from trinity.engine.limits import EngineLimits
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, constraint_of, gather
-from trinity.model.transformer import Transformer
+from trinity.engine.runner import Runner, logits_of, runner_for
+from trinity.kernels.compiled import is_loaded
 from trinity.text.chat import Message, render
-from trinity.text.tokenizer import Tokenizer
 
-LATER = ("int8", "int4")
+KINDS = ("float32", "bfloat16", "int8", "int4")
+ALONE = EngineLimits(max_active=1, window_bytes=0)  # one request, nothing kept for another
 FORMS = ("json_schema", "regex", "grammar", "after_think")  # keywords of constraint_of
 
 
 def load(path: Path | str, dtype: str = "float32") -> "LoadedModel":
-    """A Hugging Face folder or a run folder, ready to be asked. dtype: 'float32' or 'bfloat16'.
+    """A Hugging Face folder or a run folder, ready to be asked. dtype: 'float32', 'bfloat16', 'int8' or 'int4'.
 
-    Router, norms and selection bias stay in float32 in either. CheckpointError where the folder is not a whole model.
+    That is what weights are kept in; what is computed is float32 on a CPU. Router, norms and selection bias stay in
+    float32 in any. CheckpointError where the folder is not a whole model.
     """
-    if dtype in LATER:
-        raise UsageError(
-            f"Loading in {dtype} comes with a later release.", "Use dtype 'bfloat16' to halve the memory of float32."
-        )
-    return LoadedModel(open_model(path, dtype))
+    if dtype not in KINDS:
+        raise UsageError(f"dtype '{dtype}' is not offered.", f"Choose one of {', '.join(KINDS)}.")
+    few = dtype in ("int8", "int4")
+    if few and not is_loaded():
+        raise UsageError(f"{dtype} needs the compiled kernels.", "Install g++, or use dtype 'bfloat16'.")
+    opened = open_model(path, "bfloat16" if few else dtype)
+    return LoadedModel(opened, runner_for(opened.model, dtype))
 
 
 class LoadedModel:
     """Opened weights and the calls that use them. Not for use by several threads at once; `serve` is."""
 
-    def __init__(self, opened: OpenedModel) -> None:
-        self.opened = opened
+    def __init__(self, opened: OpenedModel, runner: Runner) -> None:
+        self.name = opened.name
+        self.generation = opened.generation
+        self.tokenizer = opened.tokenizer
+        self.runner = runner  # the weights it was made of are not kept
         self.end_ids = end_tokens(opened.tokenizer, opened.generation)
 
     @property
-    def name(self) -> str:
-        return self.opened.name
+    def config(self) -> ModelConfig:
+        return self.runner.config
 
-    @property
-    def model(self) -> Transformer:
-        return self.opened.model
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.opened.tokenizer
-
-    def engine(self, max_active: int = 8) -> Engine:
+    def engine(self, limits: EngineLimits | None = None) -> Engine:
         """A fresh engine over these weights."""
-        return Engine(self.model, self.tokenizer, self.end_ids, max_active)
+        return Engine(self.runner, self.tokenizer, self.end_ids, limits)
 
     def prompt(self, text_or_ids: str | Sequence[int]) -> tuple[int, ...]:
         """The tokens the model reads for a text (begin mark first, if the tokenizer adds one) or for ids (as given)."""
@@ -81,12 +82,12 @@ class LoadedModel:
                 ) from error
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise RequestError(f"ids has shape {list(ids.shape)} and type {ids.dtype}.", "Give [batch, time] int64.")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.model.config.vocab_size:
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             raise RequestError(
                 f"ids reach from {int(ids.min())} to {int(ids.max())}.",
-                f"Token ids lie between 0 and {self.model.config.vocab_size - 1}.",
+                f"Token ids lie between 0 and {self.config.vocab_size - 1}.",
             )
-        return self.model.head(self.model(ids).hidden)
+        return logits_of(self.runner, ids.tolist())
 
     def generate(
         self, text_or_ids: str | Sequence[int], max_new_tokens: int = 64, temperature: float = 0.0, **sampling: Any
@@ -109,7 +110,7 @@ class LoadedModel:
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[Piece]:
         """The answer to a prompt of ids (see `prompt`, `chat_prompt`) in pieces; leaving early frees everything."""
-        engine = self.engine(max_active=1)
+        engine = self.engine(ALONE)
         engine.submit(Request(prompt=tuple(prompt), sampling=sampling))
         while engine.busy:
             for piece in engine.step():
@@ -125,7 +126,7 @@ class LoadedModel:
         """
         prompt = self.prompt(text_or_ids)
         request = Request(prompt=prompt, sampling=SamplingParams(max_new_tokens=0, prompt_logprobs=0))
-        (pieces,) = run(self.engine(max_active=1), [request])
+        (pieces,) = run(self.engine(ALONE), [request])
         gather(pieces, len(prompt))
         following = [entry.logprob for piece in pieces for entry in piece.prompt_logprobs]
         marked = isinstance(text_or_ids, str) and self.tokenizer.begins_texts
@@ -136,7 +137,7 @@ class LoadedModel:
     ) -> Generation:
         named = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         asked = sampling_from({"logprobs": 0} | sampling | named)
-        (pieces,) = run(self.engine(max_active=1), [Request(prompt=prompt, sampling=asked)])
+        (pieces,) = run(self.engine(ALONE), [Request(prompt=prompt, sampling=asked)])
         return gather(pieces, len(prompt))
 
 

@@ -75,11 +75,20 @@ class Pools:
         self.paged = Pool(pages, globals_, config, where)
         self.local = Pool(rings * self.ring_pages, config.num_hidden_layers - globals_, config, where)
 
+    @property
+    def tokens(self) -> int:
+        """Of one text, if it had all pages to itself."""
+        return len(self.paged.uses) * PAGE
+
     def take_ring(self) -> list[int] | None:
         return self.local.take(self.ring_pages) if len(self.local.free) >= self.ring_pages else None
 
     def bytes_in_use(self) -> int:
         return sum(pool.in_use * pool.page_bytes for pool in (self.paged, self.local))
+
+    def reaches(self, tokens: int, read: int) -> bool:
+        """Whether a ring still holds the window before token `tokens` when `read` tokens have been read."""
+        return max(0, tokens - self.window) // PAGE > (read - 1) // PAGE - self.ring_pages
 
     def window_of(self, ring: list[int], tokens: int) -> Tensor:
         """A copy of what local layers can still see after `tokens` tokens, a multiple of 64: [pages, ...]."""

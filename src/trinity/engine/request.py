@@ -107,6 +107,8 @@ def _demand(name: str, value: float, low: float, high: float, above: bool = Fals
 class Request:
     prompt: tuple[int, ...]  # token ids
     sampling: SamplingParams
+    client: str = ""  # whose it is: clients get equal shares of the engine
+    cache_salt: str = ""  # texts share what was read of them only under one salt
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Piece:
     prompt_logprobs: tuple[
         TokenLogprob, ...
     ] = ()  # of the prompt's second token on; sent once, when the prompt is read
+    cached_tokens: int = 0  # of the prompt, not read again because a text before began with them
     finish_reason: FinishReason | None = None  # on the last piece
     error: RequestError | None = None  # with finish_reason 'error'
 

@@ -131,3 +131,16 @@ def runner_for(model: Transformer, kind: Kind | None = None) -> Runner:
     if weight.device.type == "cpu" and is_loaded():
         return CompiledRunner(model.config, decoder_weights(model, kind or own))
     return PlainRunner(model)
+
+
+def logits_of(runner: Runner, texts: list[list[int]], step: int = 512) -> Tensor:
+    """[B, T, V] float32 on the CPU: the next-token logits at every place of texts of one length."""
+    made = []
+    for tokens in texts:
+        pools = Pools(runner.config, pages_for(len(tokens)), 1, step, runner.device)
+        pages, ring = pools.paged.take(pages_for(len(tokens))), pools.take_ring() or []
+        starts = range(0, len(tokens), step)
+        parts = [tokens[start : start + step] for start in starts]
+        rows = [Rows(part, start, pages, ring, len(part)) for start, part in zip(starts, parts, strict=True)]
+        made.append(torch.cat([torch.empty(0, runner.config.vocab_size), *(runner.forward([r], pools) for r in rows)]))
+    return torch.stack(made) if made else torch.empty(0, 0, runner.config.vocab_size)

@@ -1,4 +1,4 @@
-"""A model's weights as the compiled decoder reads them: in panels, in float32, bfloat16, 8 or 4 bits (kernels/panels.h).
+"""Weights as the compiled decoder reads them: in panels, in float32, bfloat16, 8 or 4 bits (kernels/panels.h).
 
 8 and 4 bits: whole numbers and a float16 scale for every 32 values along the depth; inputs stay float32. Router, norms,
 selection bias are float32 in every kind; embeddings, of which a token reads one row, bfloat16 where weights are fewer

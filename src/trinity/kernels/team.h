@@ -5,9 +5,10 @@
 
 #include <atomic>
 #include <cstdint>
-#include <thread>
 
 namespace trinity {
+
+constexpr int kSpins = 4000;  // some 100 microseconds
 
 class Team {
  public:
@@ -28,10 +29,11 @@ class Team {
       arrived_.store(0);
       next_[(turn & 1)].store(0);
       turn_.store(turn + 1, std::memory_order_release);
+      turn_.notify_all();
       return;
     }
     for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
-      if (spins > 20000) std::this_thread::yield();  // a neighbour has the core
+      if (spins >= kSpins) turn_.wait(turn);  // somebody else has the core: asleep it comes back sooner
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif

@@ -17,6 +17,7 @@ from trinity.base.errors import DataError, RequestError
 from trinity.base.seeds import named_seed
 from trinity.config.serve import ServeConfig
 from trinity.engine.grammar import ConstraintError
+from trinity.engine.limits import EngineLimits
 from trinity.engine.loaded import LoadedModel
 from trinity.engine.request import Request, SamplingParams
 from trinity.serve.answers import ChatShape, CompletionShape, Head, Shape
@@ -39,12 +40,12 @@ class Service:
         self.loaded = loaded
         self.config = config
         self.metrics = Metrics(loaded.name)
-        self.worker = Worker(loaded.engine(config.max_active), config, self.metrics)
-        self.defaults = {name: value for name, value in loaded.opened.generation.items() if name in DEFAULTS}
+        self.worker = Worker(loaded.engine(EngineLimits(max_active=config.max_active)), config, self.metrics)
+        self.defaults = {name: value for name, value in loaded.generation.items() if name in DEFAULTS}
         self.started = int(time.time())
 
     def model_card(self) -> dict[str, Any]:
-        context = self.loaded.model.config.max_position_embeddings
+        context = self.loaded.config.max_position_embeddings
         return {
             "id": self.loaded.name,
             "object": "model",
@@ -97,7 +98,7 @@ class Service:
         except ConstraintError as error:
             raise ApiError(400, str(error), field_named(error) or asked.form_field) from error
         except RequestError as error:
-            too_long = len(prompt) >= self.loaded.model.config.max_position_embeddings
+            too_long = len(prompt) >= self.loaded.config.max_position_embeddings
             code = "context_length_exceeded" if too_long else None
             raise ApiError(400, str(error), field_named(error) or field, code) from error
         return requests

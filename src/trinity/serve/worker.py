@@ -109,7 +109,7 @@ class Worker:
     def counts(self) -> tuple[int, int]:
         """Sequences that generate, and sequences that wait."""
         with self._lock:
-            running = min(self._load, len(self.engine.active))
+            running = min(self._load, len(self.engine.scheduler.active))
             return running, self._load - running
 
     def _run(self) -> None:

@@ -9,11 +9,11 @@ shape of its own steps: what a run comes to after weeks should be known when it 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from trinity.base.errors import TakenError, TrinityError, out_of_memory
+from trinity.base.memory import free_bytes
 from trinity.base.units import show_bytes
 from trinity.config.run import RunConfig
 from trinity.parallel.mesh import World
@@ -23,8 +23,6 @@ from trinity.plan.memory import RankMemory, rank_memory
 from trinity.plan.stages import stages
 
 _CERTAIN = 1.1  # times the free memory: what a step needs beyond that it will not find
-_CGROUP = Path("/sys/fs/cgroup")  # version 2; version 1 keeps the same figures under memory/
-_LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 _REMEDY = (
     "Spread it over more processes (parallel.shard, parallel.expert), lower train.microbatch_rows, set "
     "parallel.remat=block or parallel.context, or take a smaller model; `trinity plan` finds what fits."
@@ -121,21 +119,5 @@ def available_bytes(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    free = min([free, *_left_by_container()])
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _left_by_container(root: Path = _CGROUP) -> list[int]:
-    """Bytes up to each limit that control groups set; none where there is none."""
-    found = []
-    for limit, used in _LIMITS:
-        try:
-            found.append(int((root / limit).read_text()) - int((root / used).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return [max(0, left) for left in found]
+    free = free_bytes()
+    return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
