@@ -116,7 +116,7 @@ class Engine:
                 piece = Piece(request_id=sequence.id, finish_reason="error", error=error)
             ended = piece is not None and piece.finish_reason is not None
             if piece is None or piece.error is None:
-                self.prefix.keep(sequence, ended)
+                self.prefix.take_in(sequence, ended)
             if piece is not None:
                 pieces.append(piece)
             if ended:

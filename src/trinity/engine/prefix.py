@@ -81,7 +81,7 @@ class PrefixCache:
             return "given_up"
         return "hit" if usable else "unknown"
 
-    def keep(self, sequence: Sequence, ended: bool = False) -> None:
+    def take_in(self, sequence: Sequence, ended: bool = False) -> None:
         """Take in what a sequence has read in full pages; where it has `ended`, a window to go on from."""
         full = sequence.read // PAGE
         keys = self._keys(sequence, full)
