@@ -1,7 +1,7 @@
 """How a query reads the past, as an argument of the model's forward.
 
 A model layer computes queries, keys and values and calls `attend(layer, q, k, v, window)`. What "the past" is belongs
-to the caller: the row itself (`Causal`), the document inside a packed row (`Packed`), or pages of the past (engine/runner.py).
+to the caller: the row itself (`Causal`), the document inside a packed row (`Packed`), or pages (engine/runner.py).
 
 Shapes: q [B, H, T, C]; k, v [B, J, T, C] with H a multiple of J; result [B, H, T, C].
 A window of w keeps the keys s with t - w < s <= t: w keys, the query's own included.
