@@ -194,3 +194,25 @@ def test_the_command_stops_in_order_on_a_signal(model_folder: Path, sent: signal
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_prompt_is_read_once_under_one_key_and_again_under_another(serving) -> None:
+    keys = ("a-key-of-one-tenant", "a-key-of-another-one")
+    words = "the quick brown fox jumps over the lazy dog " * 8
+
+    def cached(client: openai.OpenAI, **more: object) -> int:
+        answer = client.completions.create(model="little", prompt=words, max_tokens=2, temperature=0, **more)  # type: ignore[arg-type]
+        assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+        return answer.usage.prompt_tokens_details.cached_tokens or 0
+
+    with serving(keys=keys) as running:
+        one, other = (running.client(key) for key in keys)
+        first, again = cached(one), cached(one)
+        assert first == 0 and again >= 64 and again % 64 == 0
+        assert cached(other) == 0, "what one tenant asked is not to be timed by another"
+        assert cached(one, extra_body={"cache_salt": "x"}) == 0
+        shown = httpx.get(running.url.replace("/v1", "/metrics"), headers={"Authorization": f"Bearer {keys[0]}"}).text
+    figures = dict(line.rsplit(" ", 1) for line in shown.splitlines() if line.startswith("trinity_prefix_cache"))
+    assert figures['trinity_prefix_cache_lookups_total{model_name="little",outcome="hit"}'] == "1.0"
+    assert figures['trinity_prefix_cache_lookups_total{model_name="little",outcome="unknown"}'] == "3.0"
+    assert float(figures['trinity_prefix_cache_hits_total{model_name="little"}']) == again

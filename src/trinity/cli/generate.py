@@ -34,7 +34,9 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperatu
     parser.add_argument("--min-p", type=float, default=0.0, help="keep tokens this likely relative to the likeliest")
     parser.add_argument("--seed", type=int, help="draw the same answer again; without it every run draws anew")
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
-    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "int8", "int4"), help="what weights are kept in"
+    )
 
 
 def sampling_of(options: argparse.Namespace) -> dict[str, Any]:

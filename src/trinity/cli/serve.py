@@ -24,7 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
             help=f"{knob.metadata['meaning']} (default %(default)s)",
         )
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="one key a line; TRINITY_API_KEY adds one")
-    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "int8", "int4"), help="what weights are kept in"
+    )
     parser.set_defaults(action=serve)
 
 

@@ -27,6 +27,11 @@ class EngineLimits:
                 raise UsageError(f"{field.name} is {getattr(self, field.name)}.", f"It must be at least {least}.")
 
 
+def limits_of(settings: object) -> EngineLimits:
+    """Those of a configuration that has fields of these names."""
+    return EngineLimits(**{field.name: getattr(settings, field.name) for field in fields(EngineLimits)})
+
+
 def pools_for(config: ModelConfig, limits: EngineLimits, device: torch.device) -> Pools:
     """Room for keys and values as the limits have it. UsageError where it would not hold even one page a request."""
     each = max(1, kv_bytes_per_token(config))

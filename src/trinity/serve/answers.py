@@ -26,10 +26,27 @@ class Head:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices, **more}
 
 
-def usage(requests: list[Request], choices_each: int, generated: int) -> dict[str, int]:
+class Usage:
     """Tokens of an answer; a prompt counts once however many choices it has."""
-    prompts = sum(len(request.prompt) for request in requests[::choices_each])
-    return {"prompt_tokens": prompts, "completion_tokens": generated, "total_tokens": prompts + generated}
+
+    def __init__(self, requests: list[Request], choices_each: int) -> None:
+        self.prompts = sum(len(request.prompt) for request in requests[::choices_each])
+        self.choices_each = choices_each
+        self.generated = 0
+        self.cached: dict[int, int] = {}  # of each prompt, tokens that were not read again
+
+    def add(self, place: int, piece: Piece) -> None:
+        self.generated += len(piece.token_ids)
+        if place % self.choices_each == 0:
+            self.cached[place] = piece.cached_tokens
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompts,
+            "completion_tokens": self.generated,
+            "total_tokens": self.prompts + self.generated,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
+        }
 
 
 class LegacyLogprobs:

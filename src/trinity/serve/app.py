@@ -17,7 +17,7 @@ from trinity.base.errors import DataError, RequestError
 from trinity.base.seeds import named_seed
 from trinity.config.serve import ServeConfig
 from trinity.engine.grammar import ConstraintError
-from trinity.engine.limits import EngineLimits
+from trinity.engine.limits import limits_of
 from trinity.engine.loaded import LoadedModel
 from trinity.engine.request import Request, SamplingParams
 from trinity.serve.answers import ChatShape, CompletionShape, Head, Shape
@@ -40,7 +40,8 @@ class Service:
         self.loaded = loaded
         self.config = config
         self.metrics = Metrics(loaded.name)
-        self.worker = Worker(loaded.engine(EngineLimits(max_active=config.max_active)), config, self.metrics)
+        self.worker = Worker(loaded.engine(limits_of(config)), config, self.metrics)
+        self.metrics.watch(self.worker.engine)
         self.defaults = {name: value for name, value in loaded.generation.items() if name in DEFAULTS}
         self.started = int(time.time())
 
@@ -60,7 +61,7 @@ class Service:
                 404, f"There is no model '{name}' here. Known: {self.loaded.name}.", "model", "model_not_found"
             )
 
-    def completion(self, asked: CompletionAsked) -> tuple[list[Request], Shape]:
+    def completion(self, asked: CompletionAsked, client: str) -> tuple[list[Request], Shape]:
         """The sequences of a completions request, each prompt's choices side by side, and the shape of its answer."""
         tokenizer = self.loaded.tokenizer
         top = asked.logprobs
@@ -68,31 +69,37 @@ class Service:
         requests, texts = [], []
         for prompt in asked.prompts():
             ids = self.loaded.prompt(prompt)
-            requests += self._choices(asked, ids, sampling, "prompt")
+            requests += self._choices(asked, ids, sampling, "prompt", client)
             texts += [prompt if isinstance(prompt, str) else tokenizer.decode(prompt)] * asked.n
         return requests, CompletionShape(requests, texts, tokenizer, asked.echo, top is not None)
 
-    def chat(self, asked: ChatAsked) -> tuple[list[Request], Shape]:
+    def chat(self, asked: ChatAsked, client: str) -> tuple[list[Request], Shape]:
         limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         sampling = self._sampling(asked, limit, logprobs=asked.top())
         try:
             ids = self.loaded.chat_prompt([message.plain() for message in asked.messages])
         except (RequestError, DataError) as error:
             raise ApiError(400, str(error), "messages") from error
-        return self._choices(asked, ids, sampling, "messages"), ChatShape(self.loaded.tokenizer, asked.logprobs)
+        return self._choices(asked, ids, sampling, "messages", client), ChatShape(self.loaded.tokenizer, asked.logprobs)
 
     def _sampling(self, asked: Asked, limit: int | None, **more: Any) -> SamplingParams:
         most = self.config.max_new_tokens if limit is None else limit
         return asked.sampling(self.defaults, max_new_tokens=most, **more)
 
-    def _choices(self, asked: Asked, prompt: tuple[int, ...], sampling: SamplingParams, field: str) -> list[Request]:
-        """The n sequences of one prompt; with a seed, each choice has its own seed derived from it."""
+    def _choices(
+        self, asked: Asked, prompt: tuple[int, ...], sampling: SamplingParams, field: str, client: str
+    ) -> list[Request]:
+        """The n sequences of one prompt; with a seed, each choice has its own seed derived from it.
+
+        What was read of a prompt is shared under one key alone, so that no client can time what another has asked.
+        """
         requests = []
         for choice in range(asked.n):
             own = sampling
             if choice and sampling.seed is not None:
                 own = replace(sampling, seed=named_seed(sampling.seed, "choice", choice))
-            requests.append(Request(prompt=prompt, sampling=own))
+            salt = f"{client} {asked.cache_salt}"
+            requests.append(Request(prompt=prompt, sampling=own, client=client, cache_salt=salt))
         try:
             self.worker.engine.check(requests[0])
         except ConstraintError as error:
@@ -119,13 +126,13 @@ def build_app(service: Service, keys: frozenset[bytes]) -> ASGIApp:
     @app.post("/v1/completions")
     async def completions(asked: CompletionAsked, http: HttpRequest) -> Response:
         service.check_name(asked.model)
-        requests, shape = await run_in_threadpool(service.completion, asked)
+        requests, shape = await run_in_threadpool(service.completion, asked, http.scope["client_key"])
         return await _answer(service, asked, requests, shape, Head("text_completion", service.loaded.name), http)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(asked: ChatAsked, http: HttpRequest) -> Response:
         service.check_name(asked.model)
-        requests, shape = await run_in_threadpool(service.chat, asked)
+        requests, shape = await run_in_threadpool(service.chat, asked, http.scope["client_key"])
         return await _answer(service, asked, requests, shape, Head("chat.completion", service.loaded.name), http)
 
     def answered(scope: Scope, status: int) -> None:

@@ -97,7 +97,7 @@ class Gate:
 
         try:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-            self._admit(scope["path"], headers)
+            scope["client_key"] = self._admit(scope["path"], headers)
             body = await read_body(receive, headers.get("content-length"))
         except ApiError as refusal:
             await refusal.response()(scope, receive, labelled)
@@ -106,21 +106,22 @@ class Gate:
         finally:
             self.on_response(scope, status)
 
-    def _admit(self, path: str, headers: dict[str, str]) -> None:
-        """Raise ApiError for a request that may not come in."""
+    def _admit(self, path: str, headers: dict[str, str]) -> str:
+        """A name for whoever asks, from the key: empty without keys. ApiError for a request that may not come in."""
         if path in OPEN_PATHS:
-            return
+            return ""
         if self.keys:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not known_key(key.strip(), self.keys):
                 raise ApiError(401, "A valid API key is needed: 'Authorization: Bearer KEY'.", code="invalid_api_key")
-            return
+            return hashed(key.strip()).hex()
         host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
         if not is_loopback(host):
             raise ApiError(403, "The Host header does not name this machine's loopback address.")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != headers.get("host"):
             raise ApiError(403, "Requests from other web pages are not served.")
+        return ""
 
 
 async def read_body(receive: Receive, announced: str | None) -> bytes:

@@ -1,8 +1,40 @@
 """What operators watch, in the Prometheus format, under /metrics. Counts and times only; no text ever comes here."""
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from trinity.engine.engine import Engine
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class EngineCounts(Collector):
+    """What an engine counts by itself: only numbers are read, from whatever thread."""
+
+    def __init__(self, engine: Engine, model_name: str) -> None:
+        self.engine, self.model_name = engine, model_name
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        prefix, scheduler = self.engine.prefix, self.engine.scheduler
+        for name, meaning, value in (
+            ("prefix_cache_queries", "Tokens of texts looked up in the prefix cache", prefix.tokens_asked),
+            ("prefix_cache_hits", "Of these, tokens that were found", prefix.tokens_found),
+            ("num_preemptions", "Requests set back because pages ran out", scheduler.set_back),
+            ("draft_tokens", "Tokens drafted by prompt lookup", self.engine.drafted),
+            ("draft_tokens_taken", "Of these, tokens that the answer took", self.engine.drafts_taken),
+        ):
+            family = CounterMetricFamily(f"trinity_{name}", meaning, labels=("model_name",))
+            family.add_metric((self.model_name,), value)
+            yield family
+        family = CounterMetricFamily(
+            "trinity_prefix_cache_lookups", "Lookups by what came of them", labels=("model_name", "outcome")
+        )
+        for outcome, number in prefix.lookups.items():
+            family.add_metric((self.model_name, outcome), number)
+        yield family
 
 
 class Metrics:
@@ -35,6 +67,10 @@ class Metrics:
             "http_requests", "HTTP requests answered", ("handler", "method", "status"), registry=self.registry
         )
         self._model_name = model_name
+
+    def watch(self, engine: Engine) -> None:
+        """Tell what the engine has counted, as it stands when it is asked for."""
+        self.registry.register(EngineCounts(engine, self._model_name))
 
     def finished(self, reason: str) -> None:
         self._finished.labels(self._model_name, reason).inc()

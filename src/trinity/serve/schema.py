@@ -123,6 +123,7 @@ class Asked(Sent):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     after_think: bool = False
+    cache_salt: Annotated[str, Field(max_length=256)] = ""
     stream: bool = False
     stream_options: StreamOptions | None = None
 

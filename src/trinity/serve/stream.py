@@ -12,7 +12,7 @@ from fastapi import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from trinity.serve.answers import Head, Shape, usage
+from trinity.serve.answers import Head, Shape, Usage
 from trinity.serve.errors import ApiError
 from trinity.serve.worker import Job, Worker
 
@@ -40,17 +40,17 @@ class EventStream(StreamingResponse):
 
 async def events(job: Job, head: Head, shape: Shape, choices_each: int, include_usage: bool) -> AsyncIterator[str]:
     """Chunks, then a usage chunk where asked for, then [DONE]. A failure is an error event before [DONE]."""
-    generated, no_usage = 0, {"usage": None} if include_usage else {}
+    usage, no_usage = Usage(job.requests, choices_each), {"usage": None} if include_usage else {}
     try:
         async for item in job.pieces():
             if item is None:
                 yield ": still working\n\n"
                 continue
             place, piece = item
-            generated += len(piece.token_ids)
+            usage.add(place, piece)
             yield event(head.body([shape.choice(place, piece)], chunk=True, **no_usage))
         if include_usage:
-            yield event(head.body([], chunk=True, usage=usage(job.requests, choices_each, generated)))
+            yield event(head.body([], chunk=True, usage=usage.body()))
     except ApiError as error:
         yield event(error.body())
     yield "data: [DONE]\n\n"
@@ -71,14 +71,14 @@ async def whole(job: Job, worker: Worker, http: HttpRequest, head: Head, shape: 
 
 async def _collect(job: Job, head: Head, shape: Shape, choices_each: int) -> dict[str, Any]:
     parts: list[list[dict[str, Any]]] = [[] for _ in job.requests]
-    generated = 0
+    usage = Usage(job.requests, choices_each)
     async for item in job.pieces():
         if item is not None:
             place, piece = item
-            generated += len(piece.token_ids)
+            usage.add(place, piece)
             parts[place].append(shape.choice(place, piece))
     choices = [shape.whole(place, part) for place, part in enumerate(parts)]
-    return head.body(choices, usage=usage(job.requests, choices_each, generated))
+    return head.body(choices, usage=usage.body())
 
 
 async def _left(http: HttpRequest) -> None:
