@@ -11,7 +11,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
-#include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -60,6 +62,19 @@ inline void normalise(const float* from, const float* gain, int64_t size, float 
 }
 
 inline float logistic(float x) { return sigmoid(splat(x))[0]; }
+
+// Pages of 2 MB for what is walked through: a fetch ahead that meets an unknown page waits for it. Only a wish.
+inline void in_huge_pages(const at::Tensor& weight) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = 2 << 20;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1: now, since the tensor is filled already
+  const auto begin = reinterpret_cast<uintptr_t>(weight.const_data_ptr());
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + weight.nbytes()) / kHuge * kHuge;
+  if (first >= last) return;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(first), last - first, kCollapse);
+#endif
+}
 
 // The rows of one sequence in this step: `count` from `row` on, at positions from `position` on.
 struct Stretch {
@@ -136,6 +151,7 @@ class Decoder : public torch::CustomClassHolder {
       layers_.push_back(layer);
     }
     TORCH_CHECK(next == weights_.size(), "weights are left over");
+    for (const at::Tensor& weight : weights_) in_huge_pages(weight);
     pool_layers_[0] = kinds[0], pool_layers_[1] = kinds[1];
   }
 
@@ -165,9 +181,8 @@ class Decoder : public torch::CustomClassHolder {
     Team team;
 #pragma omp parallel num_threads(members)
     {
-#pragma omp single
-      team.members = omp_get_num_threads();  // which may be fewer than were asked for
-      run(team, wanted, out.mutable_data_ptr<float>(), counted);
+      Team::Member member(team);
+      run(member, wanted, out.mutable_data_ptr<float>(), counted);
     }
   }
 
@@ -187,7 +202,7 @@ class Decoder : public torch::CustomClassHolder {
   }
   static int64_t whole_panels(int64_t outputs) { return (outputs + kPanel - 1) / kPanel * kPanel; }
 
-  void run(Team& team, const at::Tensor& wanted, float* out, int64_t* counts) {
+  void run(Team::Member& team, const at::Tensor& wanted, float* out, int64_t* counts) {
     const int64_t many = 8;  // rows of a task that goes row by row
     const int64_t few = (rows_ + many - 1) / many;
     const auto by_rows = [&](const auto& work) {
@@ -263,7 +278,7 @@ class Decoder : public torch::CustomClassHolder {
     }
   }
 
-  void product(Team& team, const Matrix& m, const float* x, int64_t x_row, float* out, int64_t out_row) {
+  void product(Team::Member& team, const Matrix& m, const float* x, int64_t x_row, float* out, int64_t out_row) {
     team.share(m.panels(), [&](int64_t p) {
       panel_rows(m, p, rows_, [&](int64_t i) { return x + i * x_row; },
                  [&](int64_t i, const float* y) {
@@ -280,7 +295,7 @@ class Decoder : public torch::CustomClassHolder {
     }
   }
 
-  void gated(Team& team, const Matrix& m, float* out, int64_t out_row) {
+  void gated(Team::Member& team, const Matrix& m, float* out, int64_t out_row) {
     team.share(m.panels(), [&](int64_t p) {
       panel_rows(m, p, rows_, [&](int64_t i) { return &normed_[i * width_]; },
                  [&](int64_t i, const float* y) { activate(y, out + i * out_row + p * kPanel / 2); });
@@ -358,11 +373,10 @@ class Decoder : public torch::CustomClassHolder {
     partial_.resize(std::max<size_t>(partial_.size(), partials * group * (size_ + 2)));
   }
 
-  void attend(Team& team, const Layer& layer) {
+  void attend(Team::Member& team, const Layer& layer) {
     const auto &tasks = tasks_[layer.global];
     const auto &merges = merges_[layer.global];
     team.share(tasks.size(), [&](int64_t t) { attend_tile(layer, tasks[t]); });
-    if (merges.empty()) return;
     const int64_t group = heads_ / key_heads_;
     team.share(merges.size(), [&](int64_t t) {
       const Merge& merge = merges[t];
@@ -462,13 +476,13 @@ class Decoder : public torch::CustomClassHolder {
     top = highest;
   }
 
-  void through_experts(Team& team, const Layer& layer, int64_t* counts) {
+  void through_experts(Team::Member& team, const Layer& layer, int64_t* counts) {
     product(team, layer.router, normed_.data(), width_, scores_.data(), whole_panels(experts_));
     team.share(1, [&](int64_t) { route(layer, counts); });
     const int64_t wide = std::max(padded(hidden_), padded(shared_)), slots = rows_ * chosen_;
     const int64_t panels = layer.gate_up.panels(), shared_panels = shared_ ? layer.shared_gate_up.panels() : 0;
-    const int64_t used = static_cast<int64_t>(used_.size());
-    team.share(used * panels + shared_panels, [&](int64_t task) {
+    team.share_some([&] { return used_.size() * panels + shared_panels; }, [&](int64_t task) {
+      const int64_t used = static_cast<int64_t>(used_.size());
       if (task >= used * panels) {
         panel_rows(layer.shared_gate_up, task - used * panels, rows_, [&](int64_t i) { return &normed_[i * width_]; },
                    [&](int64_t i, const float* y) {
@@ -482,7 +496,8 @@ class Decoder : public torch::CustomClassHolder {
                  [&](int64_t i, const float* y) { activate(y, &active_[(begin + i) * wide + p * kPanel / 2]); });
     });
     const int64_t downs = layer.down.panels();
-    team.share((used + (shared_ > 0)) * downs, [&](int64_t task) {
+    team.share_some([&] { return (used_.size() + (shared_ > 0)) * downs; }, [&](int64_t task) {
+      const int64_t used = static_cast<int64_t>(used_.size());
       const int64_t p = task % downs, columns = std::min(kPanel, width_ - p * kPanel);
       if (task >= used * downs) {
         panel_rows(layer.shared_down, p, rows_, [&](int64_t i) { return &active_[(slots + i) * wide]; },

@@ -20,6 +20,7 @@ namespace trinity {
 
 constexpr int64_t kPanel = 64, kGroup = 32;
 constexpr int kRowsAtOnce = kSums / 4;
+constexpr int64_t kLine = 64, kAhead = 4096;  // bytes: of a cache line; how far weights are fetched ahead of their use
 
 enum class Kind : int64_t { kFloat32, kBFloat16, kInt8, kInt4 };
 
@@ -113,6 +114,8 @@ void multiply_panel(const float* const* x, int64_t depth, const char* values, co
       const char* at = values + bytes_of(T, part);
       for (int64_t k = 0; k < depth; ++k, at += row) {
         Vec right[V];
+        // One row of float32 leaves the processor time to fetch ahead by itself.
+        for (int64_t line = 0; R > 1 && line < row; line += kLine) __builtin_prefetch(at + kAhead + line, 0, 2);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) right[v] = loaded<T>(at + bytes_of(T, v * kLanes));
 #pragma GCC unroll 6
@@ -129,6 +132,7 @@ void multiply_panel(const float* const* x, int64_t depth, const char* values, co
         constexpr int kStep = T == Kind::kInt8 ? 1 : 2;
         for (int64_t i = k; i < k + kGroup; i += kStep, at += kPanel) {
           Vec right[kStep][V];
+          if (part == 0) __builtin_prefetch(at + kAhead, 0, 2);
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v) {
             if constexpr (T == Kind::kInt8) {

@@ -1,48 +1,68 @@
 #pragma once
 
 // The threads of one step of decoding: they stay together through all its phases, which are too short to start threads
-// for. A phase is a number of tasks, taken one by one by whoever is free; the next begins when all are done.
+// for. A phase is a number of tasks, taken one by one by whoever is free; the next begins when all are done. Nobody is
+// waited for who has no task: a thread that the system has put aside holds the others up only by what it was doing, and
+// finds its place again when it comes back. (A barrier after each phase cost nine tenths of the speed beside neighbours.)
 
 #include <atomic>
 #include <cstdint>
+#include <thread>
 
 namespace trinity {
 
-constexpr int kSpins = 4000;  // some 100 microseconds
-
 class Team {
  public:
-  int members = 1;  // set before the first phase
+  // One thread's way through the phases. Every member makes the same calls in the same order.
+  class Member {
+   public:
+    explicit Member(Team& team) : team_(team) {}
 
-  // Called by every member: work(0), ..., work(tasks - 1), each once. No bit of a result may depend on who does what.
-  template <class Work>
-  void share(int64_t tasks, const Work& work) {
-    const int turn = turn_.load(std::memory_order_acquire);
-    std::atomic<int64_t>& next = next_[turn & 1];
-    for (int64_t task = next++; task < tasks; task = next++) work(task);
-    meet(turn);
-  }
-
- private:
-  void meet(int turn) {
-    if (arrived_.fetch_add(1) + 1 == members) {
-      arrived_.store(0);
-      next_[(turn & 1)].store(0);
-      turn_.store(turn + 1, std::memory_order_release);
-      turn_.notify_all();
-      return;
+    // work(0), ..., work(count() - 1), each by one member. `count` may depend on the phases before. No bit of a result may
+    // depend on who does what.
+    template <class Count, class Work>
+    void share_some(const Count& count, const Work& work) {
+      const uint64_t phase = phase_++;
+      for (int spins = 0;;) {
+        uint64_t state = team_.state_.load(std::memory_order_acquire);
+        if (state >> 32 != phase) return;  // done by the others
+        const uint64_t tasks = count(), next = state & 0xffffffff;
+        if (tasks == 0) {
+          if (team_.state_.compare_exchange_strong(state, (phase + 1) << 32)) return;
+        } else if (next >= tasks) {
+          if (++spins > kSpins) std::this_thread::yield();  // somebody has a task, and perhaps no core
+          pause();
+        } else if (team_.state_.compare_exchange_weak(state, state + 1)) {  // still this phase, so `tasks` was right
+          work(static_cast<int64_t>(next));
+          if (team_.done_.fetch_add(1) + 1 == tasks) {
+            team_.done_.store(0);
+            team_.state_.store((phase + 1) << 32, std::memory_order_release);
+            return;
+          }
+        }
+      }
     }
-    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
-      if (spins >= kSpins) turn_.wait(turn);  // somebody else has the core: asleep it comes back sooner
+
+    template <class Work>
+    void share(int64_t tasks, const Work& work) {
+      share_some([tasks] { return static_cast<uint64_t>(tasks); }, work);
+    }
+
+   private:
+    static constexpr int kSpins = 2000;
+    static void pause() {
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
     }
-  }
 
-  alignas(64) std::atomic<int64_t> next_[2] = {0, 0};
-  alignas(64) std::atomic<int> arrived_ = 0;
-  alignas(64) std::atomic<int> turn_ = 0;
+    Team& team_;
+    uint64_t phase_ = 0;
+  };
+
+ private:
+  alignas(64) std::atomic<uint64_t> state_ = 0;  // the phase, and the next of its tasks
+  alignas(64) std::atomic<uint64_t> done_ = 0;
 };
 
 }  // namespace trinity
