@@ -30,11 +30,13 @@ NO_TORCH = {"base", "config", "plan", "report", "recipes", "text"}
 ONLY_IN = {
     "transformers": set(),
     "openai": set(),
+    "llama_cpp": set(),
     "fastapi": {"serve"},
     "starlette": {"serve"},
     "uvicorn": {"serve"},
     "matplotlib": {"report"},
     "model_signing": {"release"},
+    "gguf": {"ckpt"},
     "torch": {package for package in FLOOR if package not in NO_TORCH},
 }
 
