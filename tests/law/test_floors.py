@@ -30,12 +30,14 @@ NO_TORCH = {"base", "config", "plan", "report", "recipes", "text"}
 ONLY_IN = {
     "transformers": set(),
     "openai": set(),
+    "llama_cpp": set(),
     "fastapi": {"serve"},
     "starlette": {"serve"},
     "uvicorn": {"serve"},
     "matplotlib": {"report"},
     "llguidance": {"engine"},
     "model_signing": {"release"},
+    "gguf": {"ckpt"},
     "torch": {package for package in FLOOR if package not in NO_TORCH},
 }
 

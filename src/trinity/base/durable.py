@@ -106,21 +106,29 @@ def sync_tree(folder: Path) -> None:
             sync_file(path)
 
 
-def write_durably(path: Path, content: str | bytes) -> None:
-    """Replace a file as a whole: after a kill at any moment the path holds the old content or the new, never a part."""
-    with refusing_disk(path):
-        make_folder(path.parent)
-        aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+@contextmanager
+def file_aside(final: Path) -> Iterator[Path]:
+    """A path to write a file at; it takes the name `final` when the block ends well, and nothing remains on an error.
+
+    After a kill at any moment `final` holds the old content or the new, never a part.
+    """
+    with refusing_disk(final):
+        make_folder(final.parent)
+        aside = final.with_name(f".{final.name}.writing-{os.getpid()}")
         try:
-            with aside.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except OSError:
+            yield aside
+            sync_file(aside)
+            os.replace(aside, final)
+        except BaseException:
             aside.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync_folder(final.parent)
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replace a file as a whole."""
+    with file_aside(path) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def open_to_readers(path: Path) -> None:

@@ -26,7 +26,7 @@ SHARD_BYTES = 5 * 10**9
 DEFAULT_BALANCE_COEFF = 5e-4  # SMEBU's lambda of Trinity Large
 INDEX = "model.safetensors.index.json"
 _SHARED_KEYS = [name for name in ModelConfig.__dataclass_fields__ if name != "mup_enabled"]
-_FLOAT32_ALWAYS = ("expert_bias", "router.gate.weight", "norm.weight", "layernorm.weight")
+FLOAT32_ALWAYS = ("expert_bias", "router.gate.weight", "norm.weight", "layernorm.weight")
 _FIXED = {
     "architectures": ["AfmoeForCausalLM"],
     "model_type": "afmoe",
@@ -156,7 +156,7 @@ def read_hf(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
 
 def keep_precision(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in `dtype`, or in float32 where it decides routing or normalises (design: numerical contract)."""
-    return tensor.to(torch.float32 if name.endswith(_FLOAT32_ALWAYS) else dtype)
+    return tensor.to(torch.float32 if name.endswith(FLOAT32_ALWAYS) else dtype)
 
 
 def write_hf(

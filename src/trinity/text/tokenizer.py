@@ -89,6 +89,10 @@ class Tokenizer:
         write_durably(file, self._source)
         return file
 
+    def sections(self) -> dict[str, Any]:
+        """What the file holds, for a program with a format of its own."""
+        return json.loads(self._source)
+
     @cached_property
     def fingerprint(self) -> str:
         """The first 16 digits of the sha256 of the file, whether or not it has programs put the mark before a text."""
