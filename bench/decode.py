@@ -14,15 +14,16 @@ and the output says why.
 
 llama.cpp comes with: CXXFLAGS='-fno-dse -fno-tree-dse' pip install llama-cpp-python gguf. The flags matter on
 processors with AMX: gcc 12 takes the setting up of its tiles for dead code, and prompts in 8 and 4 bits end in a
-segmentation fault. (Rows as narrow as those of `debug` are wrong on AMX all the same: see --text.) On a machine that
-nobody shares set OMP_WAIT_POLICY=ACTIVE: threads of llama.cpp that wait awake are faster there, and slower by a hundred
-times where another program holds a core.
+segmentation fault. (Rows as narrow as those of `debug` are wrong on AMX all the same: see --text.) Threads wait awake
+(OMP_WAIT_POLICY=ACTIVE), without which llama.cpp decodes a tenth of the tokens; so an engine is stopped while it is not
+its turn. Where another program holds a core, waiting awake makes llama.cpp slower by a hundred times.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, for all alike
+os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")  # for all alike
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ from trinity.ckpt.hf import FLOAT32_ALWAYS
 from trinity.config.model import ModelConfig
 from trinity.model.init import build_on_meta
 
-BITS = {"float32": 32, "bfloat16": 16, "q8_0": 8.5, "q4_0": 4.5, "int8": 8, "int4": 4}  # a weight, scales included
+BITS = {"float32": 32, "bfloat16": 16, "q8_0": 8.5, "q4_0": 4.5, "int8": 8.5, "int4": 4.5}  # a weight, scales included
 ENGINES = ["trinity-float32", "trinity-bfloat16", "trinity-int8", "trinity-int4", "transformers-float32",
            "llama-float32", "llama-q8_0", "llama-q4_0"]  # fmt: skip
 BATCHES = (1, 8)
@@ -98,14 +99,17 @@ class Worker:
         command = [sys.executable, *sys.argv, "--side", name, "--work", options.work]
         self.process = subprocess.Popen(command, **pipes)
         self.skipped = self._answer().get("skipped", self.skipped)
+        self.process.send_signal(signal.SIGSTOP)  # until its turn: waiting threads hold the cores
 
     def ask(self, kind: str, size: Any) -> float | None:
         """Seconds of a piece of work; None once the engine is out of the race."""
         if self.skipped:
             return None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.write(json.dumps([kind, size]) + "\n")
         self.process.stdin.flush()
         self.last = self._answer() or self.last
+        self.process.send_signal(signal.SIGSTOP)
         return None if self.skipped else self.last.get("seconds")
 
     def _answer(self) -> dict[str, Any]:

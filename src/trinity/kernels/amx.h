@@ -45,6 +45,8 @@ class AmxTiles {
     Configuration all;
     std::fill_n(all.row_bytes, 8, uint16_t{64});
     std::fill_n(all.rows, 8, uint8_t{16});
+    // gcc 12 thinks that the instruction reads eight bytes and may drop what fills the others.
+    asm volatile("" ::"m"(all));
     _tile_loadconfig(&all);
   }
   ~AmxTiles() { _tile_release(); }
