@@ -7,7 +7,7 @@ is cut, and whether or not its beginning was found in the prefix cache. Greedy a
 Single-threaded: one thread calls submit, step and abort. `check` may be called from any thread.
 """
 
-from itertools import count
+from itertools import count as counting
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Engine:
             self.pools, self.prefix, self.limits.max_active, self.limits.step_tokens, self.limits.draft_tokens
         )
         self.drafted = self.drafts_taken = 0
-        self._ids = count()
+        self._ids = counting()
 
     @property
     def busy(self) -> bool:
@@ -105,13 +105,14 @@ class Engine:
         wanted = [self._wanted(part) for part in parts]
         rows = [_rows(part, number) for part, number in zip(parts, wanted, strict=True)]
         logits = self.runner.forward(rows, self.pools)
-        finite = logits.isfinite().all(-1).split(wanted)
-        pieces = []
-        for part, mine, sound in zip(parts, logits.split(wanted), finite, strict=True):
+        sound = finite_rows(logits)
+        pieces, end = [], 0
+        for part, count in zip(parts, wanted, strict=True):
+            mine, end = slice(end, end + count), end + count
             sequence = part.sequence
             sequence.read += part.length
             try:
-                piece = self._advance(part, mine, bool(sound.all()))
+                piece = self._advance(part, logits[mine], all(sound[mine]))
             except RequestError as error:
                 piece = Piece(request_id=sequence.id, finish_reason="error", error=error)
             ended = piece is not None and piece.finish_reason is not None
@@ -193,6 +194,14 @@ class Engine:
             rows = logits[first : first + len(targets)]
             sequence.prompt_logprobs += logprobs_of(rows, torch.tensor(targets), sequence.sampling.prompt_logprobs or 0)
             sequence.scored += len(targets)
+
+
+def finite_rows(logits: Tensor) -> list[bool]:
+    """Of each row of logits [N, V], whether all are numbers."""
+    if not len(logits):
+        return []
+    low, high = logits.aminmax(dim=-1)  # a nan makes both nan
+    return ((low > -torch.inf) & (high < torch.inf)).tolist()
 
 
 def _rows(part: Part, wanted: int) -> Rows:
