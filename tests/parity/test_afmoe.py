@@ -11,7 +11,8 @@ from transformers import AfmoeConfig, AfmoeForCausalLM
 from trinity.ckpt.hf import published_config, read_hf, write_hf
 from trinity.ckpt.names import slot_of
 from trinity.config.model import ModelConfig
-from trinity.engine.cache import KVCache
+from trinity.engine.pages import Pools
+from trinity.engine.runner import PlainRunner, Rows, runner_for
 from trinity.model.attend import Packed
 from trinity.model.generate import continue_greedily
 from trinity.model.init import build_model
@@ -126,19 +127,22 @@ def test_greedy_continuations_are_identical_with_and_without_their_cache():
         assert out[0, 9:].tolist() == mine
 
 
+@pytest.mark.parametrize("made", [runner_for, PlainRunner])
 @pytest.mark.parametrize("chunks", [[23], [1] * 23, [9, 1, 1, 7, 5]])
-def test_logits_over_our_cache_equal_theirs_over_theirs(chunks):
+def test_logits_over_our_pages_equal_theirs_over_their_cache(chunks, made):
     """Windows of 5 are shorter than the text; every chunk is compared, prompt and single tokens alike."""
     ours, theirs = twins(small_config(), 5)
+    runner, pools = made(ours), Pools(ours.config, 1, 1, 23)
+    pages, ring = pools.paged.take(1), pools.take_ring()
     tokens = torch.randint(0, 97, (1, 23), generator=torch.Generator().manual_seed(0))
-    cache, past, start = KVCache(ours.config, chunk=23), None, 0
+    past, start = None, 0
     with torch.no_grad():
         for length in chunks:
             part = tokens[:, start : start + length]
-            hidden = ours(part, positions=torch.arange(start, start + length), attend=cache).hidden
+            logits = runner.forward([Rows(part[0].tolist(), start, pages, ring, length)], pools)
             out = theirs(input_ids=part, past_key_values=past, use_cache=True)
             past, start = out.past_key_values, start + length
-            assert relative_error(ours.head(hidden), out.logits) <= 1e-5
+            assert relative_error(logits[None], out.logits) <= 1e-5
 
 
 def test_transformers_reads_our_folder_and_we_read_it_back_unchanged(tmp_path):

@@ -123,7 +123,7 @@ def training(data: Path, run: Path, *more: str) -> list[str]:
         ("generate empty", 2, "required: --prompt"),
         ("generate empty --prompt a --max-new-tokens many", 2, "invalid int value: 'many'"),
         ("generate empty --prompt a --temperature -1", 1, "temperature is -1"),
-        ("generate empty --prompt a --dtype float16", 2, "dtype 'float16' is not offered"),
+        ("generate empty --prompt a --dtype float16", 2, "invalid choice: 'float16'"),
         ("chat notes.txt", 1, "notes.txt is a file, not a model"),
         ("serve empty --port 0", 1, "empty is not a model"),
         ("import nowhere d", 1, "There is no folder nowhere"),
