@@ -71,7 +71,7 @@ def is_loaded() -> bool:
         torch.ops.load_library(str(_built()))
         torch.ops.trinity.use_amx(os.environ.get("TRINITY_KERNELS") != "tiles")
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        _say(f"The CPU kernels are not used, training is slower ({_reason(error)}). Install g++ to have them built.")
+        _say(f"The CPU kernels are not used, all is slower ({_reason(error)}). Install g++ to have them built.")
         return False
     return True
 
