@@ -11,19 +11,19 @@ LENGTHS = (3, 2)  # of what is looked up, the longer first
 class Drafts:
     """Knows where each run of two and of three tokens of a text stood last."""
 
-    def __init__(self, tokens: list[int]) -> None:
+    def __init__(self) -> None:
         self._text: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # the place behind it
         self._before: dict[tuple[int, ...], int] = {}  # the same, of its last appearance but one
-        self._waiting = tokens  # taken in when the first draft is asked for
 
-    def push(self, token: int) -> None:
-        """The text goes on."""
-        self._waiting = [*self._waiting, token]
+    @property
+    def known(self) -> int:
+        """Tokens of the text that were taken in."""
+        return len(self._text)
 
-    def propose(self, count: int) -> list[int]:
-        """At most `count` tokens that may follow the text."""
-        for token in self._waiting:
+    def propose(self, new: list[int], count: int) -> list[int]:
+        """At most `count` tokens that may follow the text; `new`: how it goes on behind those that are known."""
+        for token in new:
             self._text.append(token)
             for length in LENGTHS:
                 if len(self._text) >= length:
@@ -31,7 +31,6 @@ class Drafts:
                     if key in self._after:
                         self._before[key] = self._after[key]
                     self._after[key] = len(self._text)
-        self._waiting = []
         for length in LENGTHS:
             place = self._before.get(tuple(self._text[-length:]))
             if len(self._text) >= length and place is not None:

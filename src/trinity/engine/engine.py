@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trinity.base.errors import DataError, RequestError
-from trinity.engine.grammar import matcher_of
+from trinity.engine.grammar import Matcher, matcher_of
 from trinity.engine.limits import EngineLimits, pools_for
 from trinity.engine.pages import kv_bytes_per_token
 from trinity.engine.prefix import PrefixCache
@@ -50,10 +50,10 @@ class Engine:
 
     def kv_bytes(self) -> int:
         """Bytes of keys and values that active requests hold; what only the prefix cache holds can be given up."""
-        return self.pools.bytes_in_use() - self.prefix.idle_pages() * self.pools.paged.page_bytes
+        return self.pools.bytes_in_use() - self.pools.paged.idle * self.pools.paged.page_bytes
 
-    def check(self, request: Request) -> None:
-        """RequestError where this model cannot serve the request.
+    def check(self, request: Request) -> Matcher | None:
+        """The matcher of the request's constraint, if it has one; RequestError where this model cannot serve it.
 
         That is an empty or too long prompt, an unknown token, a constraint that no answer can meet.
         """
@@ -78,12 +78,11 @@ class Engine:
             for token in tokens:
                 if not 0 <= token < vocabulary:
                     raise RequestError(f"{what} names token {token}.", f"Token ids lie between 0 and {vocabulary - 1}.")
-        matcher_of(request.sampling, self.tokenizer, self.end_ids, vocabulary)
+        return matcher_of(request.sampling, self.tokenizer, self.end_ids, vocabulary)
 
     def submit(self, request: Request) -> int:
         """Queue a request; its pieces carry the returned id. Raises RequestError (see `check`)."""
-        self.check(request)
-        matcher = matcher_of(request.sampling, self.tokenizer, self.end_ids, self.config.vocab_size)
+        matcher = self.check(request)
         context = self.config.max_position_embeddings
         sequence = Sequence(next(self._ids), request, context, self.tokenizer, matcher)
         self.scheduler.add(sequence)
@@ -171,7 +170,6 @@ class Engine:
         if token in self.end_ids or token in sampling.stop_token_ids:
             return sequence.last_text(), None, [], "stop"
         sequence.answer.append(token)
-        sequence.drafts.push(token)
         if sequence.matcher is not None:
             sequence.matcher.accept(token)
         entries = []

@@ -23,12 +23,17 @@ def pages_for(tokens: int) -> int:
 
 
 class Pool:
-    """Pages of one kind of layer, each with a count of those who use it; a page that nobody uses is free."""
+    """Pages of one kind of layer: how many sequences use each, and whether the prefix cache holds it.
+
+    A page that is neither used nor held is free; one that is held alone is idle.
+    """
 
     def __init__(self, pages: int, layers: int, config: ModelConfig, device: torch.device) -> None:
         shape = (pages, layers, config.num_key_value_heads, 2, PAGE * config.head_dim)
         self.values = torch.empty(shape, device=device)  # the system gives memory on first touch
         self.uses = [0] * pages
+        self.held = [False] * pages
+        self.idle = 0
         self.free = list(range(pages - 1, -1, -1))
 
     @property
@@ -49,7 +54,8 @@ class Pool:
     def share(self, pages: list[int]) -> None:
         """One more user of pages in use."""
         for page in pages:
-            assert self.uses[page] > 0, f"page {page} is free"
+            assert self.uses[page] or self.held[page], f"page {page} is free"
+            self.idle -= self.uses[page] == 0
             self.uses[page] += 1
 
     def release(self, pages: list[int]) -> None:
@@ -58,7 +64,23 @@ class Pool:
             assert self.uses[page] > 0, f"page {page} is free already"
             self.uses[page] -= 1
             if self.uses[page] == 0:
-                self.free.append(page)
+                self._left(page)
+
+    def hold(self, page: int) -> None:
+        """Keep a page in use for texts to come."""
+        self.held[page] = True
+
+    def forget(self, page: int) -> None:
+        """Keep an idle page no longer."""
+        self.held[page] = False
+        self.idle -= 1
+        self._left(page)
+
+    def _left(self, page: int) -> None:
+        if self.held[page]:
+            self.idle += 1
+        else:
+            self.free.append(page)
 
 
 class Pools:

@@ -93,7 +93,7 @@ class PrefixCache:
                 self.pools.paged.share([self.nodes[key].page])
                 self.pools.paged.release([page])
                 continue
-            self.pools.paged.share([page])
+            self.pools.paged.hold(page)
             self.nodes[key] = Node(page, parent)
             if parent:
                 self.nodes[parent].children += 1
@@ -116,7 +116,7 @@ class PrefixCache:
     def give_up_page(self) -> bool:
         """Free one page that no sequence uses and no other page follows; False where there is none."""
         for key, node in self.nodes.items():
-            if not node.children and self.pools.paged.uses[node.page] == 1:
+            if not node.children and not self.pools.paged.uses[node.page]:
                 self._forget(key, node)
                 return True
         return False
@@ -126,7 +126,7 @@ class PrefixCache:
         self.windows.pop(key, None)
         if node.parent:
             self.nodes[node.parent].children -= 1
-        self.pools.paged.release([node.page])
+        self.pools.paged.forget(node.page)
         self.given_up[key] = None
         if len(self.given_up) > REMEMBERED:
             self.given_up.popitem(last=False)
@@ -135,10 +135,6 @@ class PrefixCache:
         """Forget all texts."""
         while self.give_up_page():
             pass
-
-    def idle_pages(self) -> int:
-        """Pages that only the cache holds."""
-        return sum(self.pools.paged.uses[node.page] == 1 for node in self.nodes.values())
 
     @staticmethod
     def _keys(sequence: Sequence, full: int) -> list[bytes]:

@@ -38,10 +38,6 @@ class Scheduler:
         self.served: dict[str, float] = {}
         self.set_back = 0  # how often a request was
 
-    @property
-    def waiting_count(self) -> int:
-        return sum(map(len, self.waiting.values()))
-
     def add(self, sequence: Sequence) -> None:
         """At the end of its client's queue."""
         busy = {*self.waiting, *(other.client for other in self.active.values())}
@@ -97,7 +93,7 @@ class Scheduler:
         while self.waiting and len(self.active) < self.max_active:
             client = min(self.waiting, key=lambda client: (self.served.get(client, 0.0), self.waiting[client][0].id))
             sequence = self.waiting[client][0]
-            available = len(self.pools.paged.free) + self.prefix.idle_pages()
+            available = len(self.pools.paged.free) + self.pools.paged.idle
             if self.active and available < pages_for(sequence.length) + len(self.active):
                 return
             ring = self.pools.take_ring()
@@ -110,12 +106,10 @@ class Scheduler:
             self.prefix.begin(sequence)
             if not sequence.begun:
                 sequence.begun, sequence.cached_tokens = True, min(sequence.read, len(sequence.prompt))
-            if sequence.scores:
-                sequence.scored = max(sequence.scored, 1)
 
     def _room_for(self, sequence: Sequence) -> int:
         """How many more tokens of a sequence have room without setting another back."""
-        free = len(self.pools.paged.free) + self.prefix.idle_pages()
+        free = len(self.pools.paged.free) + self.pools.paged.idle
         return PAGE * (len(sequence.pages) + free) - sequence.read
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
@@ -136,7 +130,10 @@ class Scheduler:
         """Only as far as the answer may go and as there are pages that nobody misses."""
         most = min(most, self.draft_tokens, sequence.most_tokens - len(sequence.answer) - 1)
         most = min(most, PAGE * (len(sequence.pages) + len(self.pools.paged.free)) - sequence.read - 1)
-        draft = sequence.drafts.propose(most) if most > 0 else []
+        if most <= 0:
+            return []
+        known = sequence.drafts.known
+        draft = sequence.drafts.propose(sequence.tokens(known, sequence.length - known), most)
         self._make_room(sequence, 1 + len(draft))
         return draft
 

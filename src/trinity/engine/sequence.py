@@ -36,7 +36,7 @@ class Sequence:
         self.decoder = StreamDecoder(tokenizer)
         self.stops = StopFinder(request.sampling.stop)
         self.matcher = matcher
-        self.drafts = Drafts(self.prompt)
+        self.drafts = Drafts()
         self.prompt_logprobs: list[TokenLogprob] = []
         self.scored = 1  # tokens of the prompt whose log-probability is known, the first having none
         seed = request.sampling.seed

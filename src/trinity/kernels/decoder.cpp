@@ -19,7 +19,6 @@
 
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <vector>
 
 #include "panels.h"
@@ -106,11 +105,10 @@ class Decoder : public torch::CustomClassHolder {
     vocabulary_ = take(), width_ = take();
     const int64_t layers = take();
     heads_ = take(), key_heads_ = take(), size_ = take(), experts_ = take(), chosen_ = take(), window_ = take();
-    const int64_t dense = take(), hidden = take(), shared = take();
+    dense_ = take(), hidden_ = take(), shared_ = take();
     eps_ = static_cast<float>(constants.at(0)), route_scale_ = static_cast<float>(constants.at(1));
     embed_scale_ = static_cast<float>(constants.at(2));
     for (int64_t i = 0; i < size_ / 2; ++i) frequencies_.push_back(static_cast<float>(constants.at(3 + i)));
-    hidden_ = hidden, shared_ = shared, dense_ = dense;
     size_t next = 0;
     const auto tensor = [&]() -> const at::Tensor& { return weights_.at(next++); };
     const auto vector = [&]() { return tensor().const_data_ptr<float>(); };
@@ -141,8 +139,8 @@ class Decoder : public torch::CustomClassHolder {
       layer.after_attention = vector(), layer.before_mlp = vector(), layer.after_mlp = vector();
       layer.heads = matrix(2 * query_width + 2 * key_width, width_);
       layer.out = matrix(width_, query_width);
-      layer.gate_up = matrix(2 * padded(layer.sparse ? hidden_ : dense), width_);
-      layer.down = matrix(width_, layer.sparse ? hidden_ : dense);
+      layer.gate_up = matrix(2 * padded(layer.sparse ? hidden_ : dense_), width_);
+      layer.down = matrix(width_, layer.sparse ? hidden_ : dense_);
       if (layer.sparse) {
         layer.router = matrix(experts_, width_);
         layer.bias = vector();
@@ -192,13 +190,13 @@ class Decoder : public torch::CustomClassHolder {
   void make_room() {
     const int64_t slots = rows_ * (chosen_ + 1), widest = std::max({padded(hidden_), padded(shared_), int64_t{1}});
     x_.resize(rows_ * width_), normed_.resize(rows_ * width_), mixed_.resize(rows_ * width_);
-    projected_.resize(rows_ * whole_panels(2 * (heads_ + key_heads_) * size_));
+    projected_.resize(rows_ * projected_width());
     attended_.resize(rows_ * heads_ * size_);
     active_.resize(std::max(slots * widest, rows_ * padded(dense_)));
     made_.resize(slots * width_);
     scores_.resize(rows_ * whole_panels(experts_));
     picked_.resize(rows_ * chosen_), weight_.resize(rows_ * chosen_);
-    order_.resize(slots), begin_.resize(experts_ + 2);
+    order_.resize(slots), begin_.resize(experts_ + 1);
   }
   static int64_t whole_panels(int64_t outputs) { return (outputs + kPanel - 1) / kPanel * kPanel; }
 
@@ -233,7 +231,7 @@ class Decoder : public torch::CustomClassHolder {
       }
       const float* next = l + 1 < layers_.size() ? layers_[l + 1].before_attention : final_norm_;
       by_rows([&](int64_t i) {
-        if (layer.sparse) combine(layer, i);
+        if (layer.sparse) combine(i);
         add_normalised(&mixed_[i * width_], layer.after_mlp, &x_[i * width_]);
         normalise(&x_[i * width_], next, width_, eps_, &normed_[i * width_]);
       });
@@ -552,7 +550,7 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   // What a row's experts made, weighed and summed with the shared one's.
-  void combine(const Layer&, int64_t row) {
+  void combine(int64_t row) {
     float* to = &mixed_[row * width_];
     if (shared_) {
       std::copy_n(&made_[(rows_ * chosen_ + row) * width_], width_, to);
