@@ -49,7 +49,7 @@ from engines.adapters import (
 )
 
 from trinity.ckpt.gguf import write_gguf
-from trinity.ckpt.hf import FLOAT32_ALWAYS
+from trinity.ckpt.weights import FLOAT32_ALWAYS
 from trinity.config.model import ModelConfig
 from trinity.model.init import build_on_meta
 

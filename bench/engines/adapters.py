@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from trinity.base.seeds import named_seed
-from trinity.ckpt.hf import keep_precision, published_config, read_published_config
+from trinity.ckpt.hf import published_config, read_published_config
 from trinity.ckpt.opened import open_model
+from trinity.ckpt.weights import HeldWeights
 from trinity.config.model import ModelConfig
 from trinity.engine.engine import Engine
 from trinity.engine.limits import EngineLimits
 from trinity.engine.request import Request, SamplingParams
-from trinity.engine.runner import runner_for
+from trinity.engine.runner import CompiledRunner
+from trinity.engine.weights import decoder_weights, kind_named
 from trinity.model.init import build_on_meta, fill_initial
 from trinity.recipes.table import recipe
 from trinity.text.tokenizer import Tokenizer
@@ -91,11 +93,7 @@ class Trinity:
 
     def __init__(self, precision: str, options: argparse.Namespace) -> None:
         self.config, weights, self.tokenizer = opened(options)
-        model = build_on_meta(self.config)
-        # Of few bits from bfloat16, as `trinity.load` does: float32 of Nano is as large as this machine.
-        dtype = torch.float32 if precision == "float32" else torch.bfloat16
-        model.load_state_dict({name: keep_precision(name, weights[name], dtype) for name in weights}, assign=True)
-        self.runner = runner_for(model.eval().requires_grad_(False), precision)
+        self.runner = CompiledRunner(decoder_weights(self.config, HeldWeights(weights), kind_named(precision)))
 
     def prefill(self, tokens: list[int]) -> None:
         engine = self._engine([tokens], answer=1)

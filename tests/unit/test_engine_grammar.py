@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trinity.base.errors import RequestError
-from trinity.ckpt.opened import OpenedModel
+from trinity.ckpt.opened import StoredModel
+from trinity.ckpt.weights import HeldWeights
 from trinity.config.model import ModelConfig
 from trinity.engine.engine import Engine, run
 from trinity.engine.grammar import ConstraintError, Matcher, matcher_of
@@ -318,7 +319,8 @@ def test_a_dead_end_ends_that_answer_alone(model: Transformer) -> None:
 
 def test_the_keywords_of_python(model: Transformer) -> None:
     about: dict[str, Any] = {"name": "little", "folder": Path(), "generation": {}, "lineage": {}}
-    opened = OpenedModel(model=model, tokenizer=TOKENIZER, load_balance_coeff=0.0, **about)
+    weights = HeldWeights(model.state_dict())
+    opened = StoredModel(config=model.config, weights=weights, tokenizer=TOKENIZER, load_balance_coeff=0.0, **about)
     loaded = LoadedModel(opened, runner_for(model))
     assert loaded.generate("ab", regex="1{2}").text == "11"
     assert loaded.generate("ab", json_schema={"const": 7}).text == "7"

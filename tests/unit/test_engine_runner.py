@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trinity.ckpt.weights import HeldWeights
 from trinity.config.model import ModelConfig
 from trinity.engine.pages import PAGE, Pools, pages_for
 from trinity.engine.runner import CompiledRunner, PlainRunner, Rows, Runner
-from trinity.engine.weights import Kind, decoder_weights, interleaved, packed
+from trinity.engine.weights import Kind, decoder_weights, interleaved, packed, unpacked
 from trinity.kernels.compiled import is_loaded
 from trinity.model.experts import MixtureOfExperts
 from trinity.model.init import build_model
@@ -35,6 +36,10 @@ def a_model(config: ModelConfig) -> Transformer:
     for number, bias in enumerate(model.expert_biases()):
         bias.normal_(0, 0.05, generator=torch.Generator().manual_seed(number))
     return model
+
+
+def compiled(model: Transformer, kind: Kind = "float32") -> CompiledRunner:
+    return CompiledRunner(decoder_weights(model.config, HeldWeights(model.state_dict()), kind))
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -82,7 +87,7 @@ def test_pages_change_nothing_for_the_models_own_code(model):
 @torch.inference_mode()
 def test_the_compiled_decoder_computes_what_the_model_does(model):
     tokens = a_text(model.config, 230)
-    runner, plain = CompiledRunner(model.config, decoder_weights(model, "float32")), PlainRunner(model)
+    runner, plain = compiled(model), PlainRunner(model)
     found = read(runner, tokens, [STEP])
     torch.testing.assert_close(found, read(plain, tokens, [STEP]), rtol=1e-3, atol=1e-4)
     assert torch.equal(runner.expert_rows, plain.expert_rows)
@@ -92,7 +97,7 @@ def test_the_compiled_decoder_computes_what_the_model_does(model):
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
 @torch.inference_mode()
 def test_narrow_weights_are_computed_with_as_they_are_unpacked(model, kind: Kind):
-    found = read(CompiledRunner(model.config, decoder_weights(model, kind)), a_text(model.config, 90), [STEP])
+    found = read(compiled(model, kind), a_text(model.config, 90), [STEP])
     narrow = a_model(model.config)
     narrowed(narrow, kind)
     torch.testing.assert_close(found, plain_logits(narrow, a_text(model.config, 90)), rtol=1e-3, atol=1e-4)
@@ -103,7 +108,7 @@ def narrowed(model: Transformer, kind: Kind) -> None:
     """Every weight of a model becomes what the decoder makes of it."""
 
     def narrow(weight: Tensor, kind: Kind = kind) -> None:
-        weight.copy_(packed(weight, kind).unpacked(weight.shape[-2]))
+        weight.copy_(unpacked(packed(weight, kind), *weight.shape[-2:], kind))
 
     model.embed_tokens.weight.copy_(model.embed_tokens.weight.bfloat16())
     narrow(model.lm_head.weight, "bfloat16" if kind == "bfloat16" else "int8")
@@ -128,7 +133,7 @@ def narrowed(model: Transformer, kind: Kind) -> None:
 def test_no_bit_depends_on_company_or_on_how_a_text_is_cut(kind: Kind, seed: int):
     chance = Random(seed)
     config = CONFIGS["debug"]
-    runner = RUNNERS.setdefault(kind, CompiledRunner(config, decoder_weights(a_model(config), kind)))
+    runner = RUNNERS.setdefault(kind, compiled(a_model(config), kind))
     texts = [a_text(config, chance.randint(1, 150), place) for place in range(chance.randint(1, 4))]
     pools, places = pools_for(config, len(texts), 150)
     made: list[list[Tensor]] = [[] for _ in texts]
@@ -159,7 +164,7 @@ RUNNERS: dict[str, CompiledRunner] = {}
 def test_threads_change_no_bit_where_one_sequence_is_long():
     """Beyond 1,024 tokens one query's softmax is made in parts, by whoever is free."""
     config = replace(CONFIGS["debug"], sliding_window=1500, num_hidden_layers=4, max_position_embeddings=4096)
-    runner = CompiledRunner(config, decoder_weights(a_model(config), "float32"))
+    runner = compiled(a_model(config))
     tokens = a_text(config, 2600)
     before = torch.get_num_threads()
     try:
@@ -180,7 +185,7 @@ def test_threads_change_no_bit_where_one_sequence_is_long():
 def test_packing_keeps_values_to_half_a_step(kind: Kind, outputs: int, groups: int, seed: int):
     matrix = torch.randn(outputs, 32 * groups, generator=torch.Generator().manual_seed(seed))
     matrix[0, :32] = 0
-    found = packed(matrix, kind).unpacked(outputs)
+    found = unpacked(packed(matrix, kind), *matrix.shape, kind)
     assert found.shape == matrix.shape and not found[0, :32].any()
     widest = matrix.unflatten(-1, (-1, 32)).abs().amax(-1).repeat_interleave(32, -1)
     step = {"float32": 0.0, "bfloat16": 2**-8, "int8": 1.02 / 254, "int4": 0.19}[kind]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trinity.base.durable import file_aside, recover
 from trinity.base.errors import UsageError
-from trinity.ckpt.hf import FLOAT32_ALWAYS
+from trinity.ckpt.weights import FLOAT32_ALWAYS
 from trinity.config.model import ModelConfig
 from trinity.model.init import build_on_meta
 from trinity.text.chat import jinja_template

@@ -6,17 +6,20 @@ in float32: engines that miss one of these fall back to other arithmetic without
 
 import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trinity.base.durable import open_to_readers, write_json
 from trinity.base.errors import CheckpointError, ConfigError
 from trinity.ckpt.names import published_tensors, slot_of
+from trinity.ckpt.tensor_file import TensorFile
+from trinity.ckpt.weights import model_of
 from trinity.config.load import from_dict
 from trinity.config.model import ModelConfig
 from trinity.model.init import build_on_meta
@@ -26,7 +29,6 @@ SHARD_BYTES = 5 * 10**9
 DEFAULT_BALANCE_COEFF = 5e-4  # SMEBU's lambda of Trinity Large
 INDEX = "model.safetensors.index.json"
 _SHARED_KEYS = [name for name in ModelConfig.__dataclass_fields__ if name != "mup_enabled"]
-FLOAT32_ALWAYS = ("expert_bias", "router.gate.weight", "norm.weight", "layernorm.weight")
 _FIXED = {
     "architectures": ["AfmoeForCausalLM"],
     "model_type": "afmoe",
@@ -124,39 +126,61 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return values
 
 
+class FolderWeights:
+    """The weights of a Hugging Face folder by our names, read when they are asked for.
+
+    CheckpointError at once where a file is missing or cut off, or where files and config.json do not belong together.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        wanted = build_on_meta(config).state_dict()
+        self._meta = wanted
+        self._where: dict[str, TensorFile] = {}
+        for file in map(TensorFile, shard_files(folder)):
+            for name, stored in file.tensors.items():
+                slot = slot_of(name, wanted)
+                if slot is None:
+                    raise CheckpointError(
+                        f"{file.path}: unexpected tensor {name}.", "config.json and the weights do not belong together."
+                    )
+                if slot[1].shape != stored.shape:
+                    raise CheckpointError(
+                        f"{file.path}: {name} has shape {list(stored.shape)}, config.json asks for "
+                        f"{list(slot[1].shape)}.",
+                        "config.json and the weights do not belong together.",
+                    )
+                self._where[name] = file
+        missing = [name for name, _ in published_tensors(wanted) if name not in self._where]
+        if missing:
+            first = ", ".join(missing[:3])
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} tensors, among them {first}.", "Copy the folder again."
+            )
+
+    def published(self, name: str) -> Tensor:
+        """A tensor by its published name."""
+        return self._where[name].read(name)
+
+    def tensor(self, name: str) -> Tensor:
+        ((published, _),) = published_tensors({name: self._meta[name]})
+        return self.published(published)
+
+    def experts(self, name: str) -> Iterator[Tensor]:
+        names = [published for published, _ in published_tensors({name: self._meta[name]})]
+        each = len(names) // len(self._meta[name])  # gate and up, or down alone
+        for start in range(0, len(names), each):
+            parts = [self.published(published) for published in names[start : start + each]]
+            yield torch.stack(parts) if each > 1 else parts[0]
+
+    def read_into(self, state: dict[str, Tensor]) -> None:
+        for name, slot in published_tensors(state):
+            slot.copy_(self.published(name))
+
+
 def read_hf(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    """The model of a Hugging Face folder in `dtype`; router, norms and selection bias are float32 in any case."""
+    """The model of a Hugging Face folder; see `model_of`."""
     config = read_published_config(folder)
-    model = build_on_meta(config)
-    state = {
-        name: keep_precision(name, torch.empty(meta.shape, dtype=dtype), dtype)
-        for name, meta in model.state_dict().items()
-    }
-    missing = dict(published_tensors(state))
-    for shard in shard_files(folder):
-        for name, tensor in _read_shard(shard):
-            slot = slot_of(name, state)
-            if slot is None:
-                raise CheckpointError(
-                    f"{shard}: unexpected tensor {name}.", "config.json and the weights do not belong together."
-                )
-            if slot[1].shape != tensor.shape:
-                raise CheckpointError(
-                    f"{shard}: {name} has shape {list(tensor.shape)}, config.json asks for {list(slot[1].shape)}.",
-                    "config.json and the weights do not belong together.",
-                )
-            slot[1].copy_(tensor)
-            missing.pop(name, None)
-    if missing:
-        first = ", ".join(list(missing)[:3])
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors, among them {first}.", "Copy the folder again.")
-    model.load_state_dict(state, assign=True)
-    return model
-
-
-def keep_precision(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in `dtype`, or in float32 where it decides routing or normalises (design: numerical contract)."""
-    return tensor.to(torch.float32 if name.endswith(FLOAT32_ALWAYS) else dtype)
+    return model_of(config, FolderWeights(folder, config), dtype)
 
 
 def write_hf(
@@ -221,13 +245,3 @@ def shard_files(folder: Path) -> list[Path]:
     ):
         raise CheckpointError(f"{index} does not name the files of this folder.", "Copy the file again.")
     return [folder / file for file in sorted(set(where.values()))]
-
-
-def _read_shard(path: Path) -> list[tuple[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing.", "Copy the folder again.") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is cut off or altered: {error}.", "Copy the file again.") from error

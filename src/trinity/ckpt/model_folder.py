@@ -33,6 +33,11 @@ def write_model_folder(
 ) -> None:
     """Fill an existing folder with all that a program needs to run the model. A chat model ends turns at <|im_end|>."""
     write_hf(folder, model, dtype, load_balance_coeff)
+    write_companions(folder, model.config, tokenizer, chat)
+
+
+def write_companions(folder: Path, config: ModelConfig, tokenizer: Tokenizer, chat: bool) -> None:
+    """What stands beside weights and config.json: tokenizer, chat template, generation defaults."""
     tokenizer.save(folder)
     write_durably(folder / "chat_template.jinja", jinja_template())
     end = "<|im_end|>" if chat else "<|end_of_text|>"
@@ -44,7 +49,7 @@ def write_model_folder(
             "eos_token": end,
             "pad_token": "<|pad|>",
             "clean_up_tokenization_spaces": False,
-            "model_max_length": model.config.max_position_embeddings,
+            "model_max_length": config.max_position_embeddings,
         },
     )
     write_json(

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,27 @@ from trinity.base.errors import CheckpointError, UsageError
 from trinity.base.lineage import fingerprint
 from trinity.base.run import CONFIG
 from trinity.ckpt.folder import MODEL, STATE, check_checkpoint, newest_good
-from trinity.ckpt.hf import DEFAULT_BALANCE_COEFF, keep_precision, read_hf, read_json_object
+from trinity.ckpt.hf import DEFAULT_BALANCE_COEFF, FolderWeights, read_json_object, read_published_config
 from trinity.ckpt.model_folder import matching_tokenizer
-from trinity.ckpt.shards import StoredPart
+from trinity.ckpt.tensor_file import TensorFile
+from trinity.ckpt.weights import CheckpointWeights, PackedWeights, Weights, model_of
 from trinity.config.load import from_dict
 from trinity.config.model import ModelConfig
-from trinity.model.init import build_on_meta
 from trinity.model.transformer import Transformer
 from trinity.text.tokenizer import FILE, Tokenizer
 
+PACKED = "packed.safetensors"  # of a folder that holds weights as the engine has them
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenedModel:
-    model: Transformer
+class StoredModel:
+    """A model that lies on a disk, its weights unread."""
+
+    config: ModelConfig
+    weights: Weights
     tokenizer: Tokenizer
-    folder: Path  # where the weights were read from
+    folder: Path  # where the weights are
     name: str
     generation: dict[str, Any]  # generation_config.json, empty where there is none
     lineage: dict[str, Any]
@@ -41,18 +45,37 @@ class OpenedModel:
         return self.tokenizer.im_end_id in (ends if isinstance(ends, list) else [ends])
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel(StoredModel):
+    """The same with all weights in memory."""
+
+    model: Transformer
+
+
 def to_stderr(sentence: str) -> None:
     print(sentence, file=sys.stderr)
 
 
 def open_model(path: Path | str, dtype: str = "float32", warn: Callable[[str], None] = to_stderr) -> OpenedModel:
-    """Load a model for inference. Bad bytes, a missing file, another architecture: one clear CheckpointError.
-
-    Of a run the newest good checkpoint is taken; damaged ones that were passed over are named through `warn`.
-    """
-    path = Path(path)
+    """Load a model for inference: see `find_model`. Router, norms and selection bias are float32 in any dtype."""
     if dtype not in _DTYPES:
         raise UsageError(f"dtype '{dtype}' is not offered.", f"Choose one of {', '.join(_DTYPES)}.")
+    return read_model(find_model(path, warn), dtype)
+
+
+def read_model(stored: StoredModel, dtype: str = "float32") -> OpenedModel:
+    """All weights of a model, in memory once."""
+    model = model_of(stored.config, stored.weights, _DTYPES[dtype]).eval().requires_grad_(False)
+    return OpenedModel(model=model, **{field.name: getattr(stored, field.name) for field in fields(StoredModel)})
+
+
+def find_model(path: Path | str, warn: Callable[[str], None] = to_stderr) -> StoredModel:
+    """What there is at a path, its weights unread but for their headers (a run's checkpoint: its hashes).
+
+    Bad bytes, a missing file, another architecture: one clear CheckpointError. Of a run the newest good checkpoint is
+    taken; damaged ones that were passed over are named through `warn`.
+    """
+    path = Path(path)
     if not path.is_dir() and path.parent.name == "checkpoints" and path.parent.is_dir():
         there = sorted(found.name for found in path.parent.iterdir() if (found / STATE).exists())
         raise CheckpointError(
@@ -65,20 +88,21 @@ def open_model(path: Path | str, dtype: str = "float32", warn: Callable[[str], N
         check_checkpoint(path)
         folder = path.resolve()
         run = folder.parent.parent
-        return _open_checkpoint(folder, run, f"{run.name}-{folder.name}", dtype)
+        return _find_checkpoint(folder, run, f"{run.name}-{folder.name}")
     if (path / "checkpoints").is_dir():
         newest = newest_good(path, warn)
         if newest is None:
             raise CheckpointError(f"{path} has no checkpoint yet.", "Let the training run reach its first save.")
-        return _open_checkpoint(newest, path, path.resolve().name, dtype)
+        return _find_checkpoint(newest, path, path.resolve().name)
     if "model_type" not in _json_or_empty(path / CONFIG):
         raise CheckpointError(
             f"{path} is not a model.", "Name a Hugging Face folder or a run folder with a checkpoint."
         )
-    model = read_hf(path, _DTYPES[dtype]).eval().requires_grad_(False)
-    return OpenedModel(
-        model=model,
-        tokenizer=matching_tokenizer(path, model.config),
+    config, packed = read_published_config(path), path / PACKED
+    return StoredModel(
+        config=config,
+        weights=PackedWeights(TensorFile(packed)) if packed.is_file() else FolderWeights(path, config),
+        tokenizer=matching_tokenizer(path, config),
         folder=path,
         name=path.resolve().name,
         generation=_json_or_empty(path / "generation_config.json"),
@@ -87,19 +111,12 @@ def open_model(path: Path | str, dtype: str = "float32", warn: Callable[[str], N
     )
 
 
-def _open_checkpoint(folder: Path, run: Path, name: str, dtype: str) -> OpenedModel:
+def _find_checkpoint(folder: Path, run: Path, name: str) -> StoredModel:
     state = read_json_object(folder / STATE)
-    tokenizer = tokenizer_of(run, state, folder)
-    model = build_on_meta(from_dict(ModelConfig, state["model_config"]))
-    weights = {
-        key: keep_precision(key, torch.empty(meta.shape, dtype=_DTYPES[dtype]), _DTYPES[dtype])
-        for key, meta in model.state_dict().items()
-    }
-    StoredPart(folder / MODEL).read_into(weights)  # converts on the way: one copy of the weights in memory
-    model.load_state_dict(weights, assign=True)
-    return OpenedModel(
-        model=model.eval().requires_grad_(False),
-        tokenizer=tokenizer,
+    return StoredModel(
+        config=from_dict(ModelConfig, state["model_config"]),
+        weights=CheckpointWeights(folder / MODEL),
+        tokenizer=tokenizer_of(run, state, folder),
         folder=folder,
         name=name,
         generation={},

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from trinity.base.errors import RequestError
-from trinity.cli.generate import add_sampling, sampling_of
+from trinity.cli.generate import add_sampling, loaded, sampling_of, tell_reads
 
 if TYPE_CHECKING:
     from trinity.engine.loaded import LoadedModel
@@ -26,11 +26,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def chat(options: argparse.Namespace) -> None:
-    from trinity.engine.loaded import load, sampling_from
+    from trinity.engine.loaded import sampling_from
 
     sampling = sampling_of(options)
     sampling_from(sampling)
-    model = load(options.model, options.dtype)
+    model = loaded(options)
     beginning = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(beginning)
     typed = sys.stdin.isatty()
@@ -38,7 +38,7 @@ def chat(options: argparse.Namespace) -> None:
         print(f"{model.name}: /reset forgets, /quit ends.", file=sys.stderr)
     while (line := _read(typed)) is not None:
         if line == "/quit":
-            return
+            break
         if line == "/reset":
             messages = list(beginning)
         elif line:
@@ -51,6 +51,7 @@ def chat(options: argparse.Namespace) -> None:
             else:
                 # A turn without content has no form in the template; the question goes with it.
                 messages = [*messages, {"role": "assistant", "content": answer}] if answer else messages[:-1]
+    tell_reads(model)
 
 
 def _read(typed: bool) -> str | None:

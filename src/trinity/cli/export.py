@@ -1,12 +1,15 @@
-"""`trinity export`: write a model as a Hugging Face folder, or as one GGUF file for llama.cpp.
+"""`trinity export`: write a model as a Hugging Face folder, as one GGUF file for llama.cpp, or packed for our engine.
 
 Example:
   trinity export runs/demo models/demo --dtype bfloat16
   trinity export models/chat models/chat.gguf --format gguf --dtype q8_0
+  trinity export models/mini models/mini-int4 --format packed --dtype int4
 
 The folder holds what other programs load: published tensor names, every router key, both RoPE forms, the tokenizer.
 A model that was fine-tuned on conversations keeps ending its turns, and the record of where it came from goes along.
 The file holds the same; llama.cpp can also read matrices in 8 and 4 bits (q8_0, q4_0), which only it can.
+A packed folder is for `trinity generate`, `chat` and `serve`: it opens at once, in the precision it was packed in, and
+with --expert-bytes its experts may stay on the disk. It is written a tensor at a time, from models larger than memory.
 """
 
 import argparse
@@ -14,9 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trinity.ckpt.opened import OpenedModel
+    from trinity.ckpt.opened import OpenedModel, StoredModel
 
-FOLDER_DTYPES = ("float32", "bfloat16")
+FORMATS = {
+    "hf": ("a Hugging Face folder", ("float32", "bfloat16")),
+    "gguf": ("a GGUF file", ("float32", "bfloat16", "q8_0", "q4_0")),
+    "packed": ("a folder packed for the engine", ("float32", "bfloat16", "int8", "int4")),
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -24,35 +31,45 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "model", type=Path, metavar="MODEL", help="Hugging Face folder, run folder or checkpoint folder"
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder or .gguf file to write; must not exist")
-    parser.add_argument("--format", default="hf", choices=("hf", "gguf"), help="a folder, or a file for llama.cpp")
     parser.add_argument(
-        "--dtype", default="float32", choices=(*FOLDER_DTYPES, "q8_0", "q4_0"), help="precision of the matrices"
+        "--format",
+        default="hf",
+        choices=FORMATS,
+        help="a folder, a file for llama.cpp, or weights as the engine has them",
     )
+    every = list(dict.fromkeys(dtype for _, dtypes in FORMATS.values() for dtype in dtypes))
+    parser.add_argument("--dtype", default="float32", choices=every, help="precision of the matrices")
     parser.set_defaults(action=export)
 
 
 def export(options: argparse.Namespace) -> None:
     from trinity.base.errors import UsageError
-    from trinity.ckpt.gguf import gguf_package
-    from trinity.ckpt.opened import open_model
+    from trinity.ckpt.opened import find_model, read_model
 
     if options.out.exists():
         raise UsageError(f"{options.out} exists.", "Name one that does not, or remove it first.")
-    if options.format == "hf" and options.dtype not in FOLDER_DTYPES:
+    what, dtypes = FORMATS[options.format]
+    if options.dtype not in dtypes:
+        offer = next(name for name, (_, others) in FORMATS.items() if options.dtype in others)
         raise UsageError(
-            f"{options.out} as a Hugging Face folder cannot be written in {options.dtype}.",
-            "Add --format gguf, or choose --dtype bfloat16.",
+            f"{options.out} as {what} cannot be written in {options.dtype}.",
+            f"Add --format {offer}, or choose --dtype {dtypes[-1]}.",
         )
     if options.format == "gguf" and options.out.suffix != ".gguf":
         raise UsageError(
             f"{options.out} does not end in .gguf, by which programs know such a file.", f"Try {options.out}.gguf."
         )
     if options.format == "gguf":
+        from trinity.ckpt.gguf import gguf_package
+
         gguf_package()  # before the minutes that a large model takes to load
-    opened = open_model(options.model, "bfloat16" if options.dtype == "bfloat16" else "float32")
-    write, what = (_write_file, "a GGUF file") if options.format == "gguf" else (_write_folder, "a Hugging Face folder")
-    write(opened, options.out, options.dtype)
-    print(f"Wrote {options.out}, {what} of {opened.name} in {options.dtype}.")
+    stored = find_model(options.model)
+    if options.format == "packed":
+        _write_packed(stored, options.out, options.dtype)
+    else:
+        opened = read_model(stored, "bfloat16" if options.dtype == "bfloat16" else "float32")
+        (_write_file if options.format == "gguf" else _write_folder)(opened, options.out, options.dtype)
+    print(f"Wrote {options.out}, {what} of {stored.name} in {options.dtype}.")
 
 
 def _write_folder(opened: "OpenedModel", out: Path, dtype: str) -> None:
@@ -80,3 +97,25 @@ def _write_file(opened: "OpenedModel", out: Path, dtype: str) -> None:
 
     model, chat = opened.model, opened.ends_turns
     write_gguf(out, model.config, model.state_dict(), opened.tokenizer, dtype, opened.name, chat, opened.lineage)
+
+
+def _write_packed(stored: "StoredModel", out: Path, dtype: str) -> None:
+    import torch
+
+    from trinity.base.durable import folder_aside, write_json
+    from trinity.base.lineage import LINEAGE
+    from trinity.ckpt.hf import published_config
+    from trinity.ckpt.model_folder import write_companions
+    from trinity.data.progress import progress
+    from trinity.engine.packed import packed_bytes, write_packed
+    from trinity.engine.weights import kind_named
+
+    kind = kind_named(dtype)
+    with folder_aside(out) as aside, progress(f"Packing {stored.name}", packed_bytes(stored.config, kind)) as advance:
+        write_json(aside / "config.json", published_config(stored.config, torch.bfloat16, stored.load_balance_coeff))
+        write_companions(aside, stored.config, stored.tokenizer, stored.ends_turns)
+        if stored.generation:
+            write_json(aside / "generation_config.json", stored.generation)
+        if stored.lineage:
+            write_json(aside / LINEAGE, stored.lineage)
+        write_packed(aside, stored, kind, advance)

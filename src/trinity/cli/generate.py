@@ -9,7 +9,10 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trinity.engine.loaded import LoadedModel
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +37,43 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperatu
     parser.add_argument("--min-p", type=float, default=0.0, help="keep tokens this likely relative to the likeliest")
     parser.add_argument("--seed", type=int, help="draw the same answer again; without it every run draws anew")
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
+    add_loading(parser)
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Arguments of how a model is held in memory; `loaded` reads them back."""
     parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "int8", "int4"), help="what weights are kept in"
+        "--dtype",
+        choices=("float32", "bfloat16", "int8", "int4"),
+        help="what weights are kept in (default: float32, or what a packed folder has)",
     )
+    parser.add_argument(
+        "--expert-bytes",
+        default="0",
+        metavar="BYTES",
+        help="keep experts of a packed folder on the disk but for as many bytes, such as 4G; 0 (the default): none",
+    )
+
+
+def loaded(options: argparse.Namespace) -> "LoadedModel":
+    from trinity.base.units import parse_count
+    from trinity.engine.loaded import load
+
+    return load(options.model, options.dtype, parse_count(options.expert_bytes))
+
+
+def tell_reads(model: "LoadedModel") -> None:
+    """How often experts had to be fetched, where they stay on the disk."""
+    from trinity.base.units import show_bytes, show_seconds
+
+    reads = model.runner.expert_reads()
+    if reads is not None:
+        asked = max(1, reads.hits + reads.misses)
+        print(
+            f"experts: {reads.hits / asked:.0%} of {asked:,} were in memory, {show_bytes(reads.bytes)} read, "
+            f"{show_seconds(reads.stalled_seconds)} waited for them",
+            file=sys.stderr,
+        )
 
 
 def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -45,12 +82,12 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate(options: argparse.Namespace) -> None:
-    from trinity.engine.loaded import load, sampling_from
+    from trinity.engine.loaded import sampling_from
 
     sampling = sampling_of(options)
     sampling_from(sampling)  # refuses bad values before the model is loaded
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    model = load(options.model, options.dtype)
+    model = loaded(options)
     stream = sys.stdout.isatty() if options.stream is None else options.stream
     if options.json:
         print(json.dumps(asdict(model.generate(prompt, **sampling)), ensure_ascii=False))
@@ -60,3 +97,4 @@ def generate(options: argparse.Namespace) -> None:
         print()
     else:
         print(model.generate(prompt, **sampling).text)
+    tell_reads(model)

@@ -16,44 +16,88 @@ import torch
 from torch import Tensor
 
 from trinity.base.errors import RequestError, UsageError, nearest
-from trinity.ckpt.opened import OpenedModel, open_model
+from trinity.base.memory import free_bytes
+from trinity.base.units import show_bytes
+from trinity.ckpt.opened import StoredModel, find_model, read_model
+from trinity.ckpt.weights import PackedWeights
 from trinity.config.model import ModelConfig
+from trinity.data.progress import progress
 from trinity.engine.engine import Engine, end_tokens, run
 from trinity.engine.limits import EngineLimits
+from trinity.engine.packed import kind_of, packed_bytes, read_packed
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, constraint_of, gather
-from trinity.engine.runner import Runner, logits_of, runner_for
+from trinity.engine.runner import CompiledRunner, Runner, logits_of, runner_for
+from trinity.engine.weights import NARROW, Kind, decoder_weights, kind_named, record_bytes
 from trinity.kernels.compiled import is_loaded
 from trinity.text.chat import Message, render
 
-KINDS = ("float32", "bfloat16", "int8", "int4")
 ALONE = EngineLimits(max_active=1, window_bytes=0)  # one request, nothing kept for another
 FORMS = ("json_schema", "regex", "grammar", "after_think")  # keywords of constraint_of
 
 
-def load(path: Path | str, dtype: str = "float32") -> "LoadedModel":
-    """A Hugging Face folder or a run folder, ready to be asked. dtype: 'float32', 'bfloat16', 'int8' or 'int4'.
+def load(path: Path | str, dtype: str | None = None, expert_bytes: int = 0) -> "LoadedModel":
+    """A Hugging Face folder, a run folder or a packed folder, ready to be asked.
 
-    That is what weights are kept in; what is computed is float32 on a CPU. Router, norms and selection bias stay in
-    float32 in any. CheckpointError where the folder is not a whole model.
+    dtype: 'float32' (the default), 'bfloat16', 'int8' or 'int4'. That is what weights are kept in; what is computed is
+    float32 on a CPU. Router, norms and selection bias stay in float32 in any. A packed folder has a dtype of its own.
+
+    expert_bytes: of a packed folder, keep no more bytes of experts in memory, and read the others from the disk when a
+    token chooses them; 0 keeps all. Answers are the same to the bit.
+
+    CheckpointError where the folder is not a whole model, UsageError where it does not fit into memory.
     """
-    if dtype not in KINDS:
-        raise UsageError(f"dtype '{dtype}' is not offered.", f"Choose one of {', '.join(KINDS)}.")
-    few = dtype in ("int8", "int4")
-    if few and not is_loaded():
-        raise UsageError(f"{dtype} needs the compiled kernels.", "Install g++, or use dtype 'bfloat16'.")
-    opened = open_model(path, "bfloat16" if few else dtype)
-    return LoadedModel(opened, runner_for(opened.model, dtype))
+    kind = None if dtype is None else kind_named(dtype)
+    stored = find_model(path)
+    return LoadedModel(stored, _runner(stored, kind, expert_bytes))
+
+
+def _runner(stored: StoredModel, dtype: Kind | None, expert_bytes: int) -> Runner:
+    packed = stored.weights.file if isinstance(stored.weights, PackedWeights) else None
+    kind = kind_of(packed) if packed is not None else dtype or "float32"
+    if dtype not in (None, kind):
+        raise UsageError(f"{stored.folder} is packed in {kind}, not in {dtype}.", f"Leave --dtype {dtype} away.")
+    if expert_bytes and packed is None:
+        raise UsageError(
+            f"{stored.folder} is not packed, so its experts cannot stay on the disk.",
+            f"Write a packed folder first: trinity export {stored.folder} OUT --format packed --dtype int4.",
+        )
+    if not is_loaded() and (packed is not None or kind in NARROW):
+        raise UsageError(
+            f"{'A packed folder' if packed is not None else kind} needs the compiled kernels.",
+            "Install g++" + ("." if packed is not None else ", or use dtype 'bfloat16'."),
+        )
+    if not is_loaded():
+        return runner_for(read_model(stored, kind).model)
+    _check_memory(stored.config, kind, expert_bytes)
+    if packed is not None:
+        return CompiledRunner(read_packed(packed, stored.config, expert_bytes))
+    with progress(f"Packing {stored.name} in {kind}", packed_bytes(stored.config, kind)) as advance:
+        return CompiledRunner(decoder_weights(stored.config, stored.weights, kind, advance))
+
+
+def _check_memory(config: ModelConfig, kind: Kind, expert_bytes: int) -> None:
+    """UsageError where weights would not fit: better now than when the system ends the process."""
+    experts = config.num_sparse_layers * config.num_experts * record_bytes(config, kind)
+    whole, free = packed_bytes(config, kind), free_bytes()
+    needed = whole - experts + min(experts, expert_bytes or experts)
+    if free is not None and needed > free:
+        least = whole - experts + config.num_experts_per_tok * record_bytes(config, kind)
+        raise UsageError(
+            f"The weights in {kind} take {show_bytes(needed)}; {show_bytes(free)} are free.",
+            "Free memory, choose fewer bits, or leave experts of a packed folder on the disk with --expert-bytes: "
+            f"{show_bytes(least)} are needed at least.",
+        )
 
 
 class LoadedModel:
     """Opened weights and the calls that use them. Not for use by several threads at once; `serve` is."""
 
-    def __init__(self, opened: OpenedModel, runner: Runner) -> None:
-        self.name = opened.name
-        self.generation = opened.generation
-        self.tokenizer = opened.tokenizer
-        self.runner = runner  # the weights it was made of are not kept
-        self.end_ids = end_tokens(opened.tokenizer, opened.generation)
+    def __init__(self, stored: StoredModel, runner: Runner) -> None:
+        self.name = stored.name
+        self.generation = stored.generation
+        self.tokenizer = stored.tokenizer
+        self.runner = runner
+        self.end_ids = end_tokens(stored.tokenizer, stored.generation)
 
     @property
     def config(self) -> ModelConfig:

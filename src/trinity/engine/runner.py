@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from trinity.base.errors import CheckpointError
+from trinity.ckpt.weights import HeldWeights
 from trinity.config.model import ModelConfig
 from trinity.engine.pages import PAGE, Pools, pages_for
 from trinity.engine.weights import DecoderWeights, Kind, decoder_weights
@@ -28,26 +30,40 @@ class Rows(NamedTuple):
     wanted: int = 1  # of how many of the last rows the logits are asked for
 
 
+class ExpertReads(NamedTuple):
+    """What became of experts that were asked for, where memory does not hold all of them; since the start."""
+
+    hits: int  # were in memory
+    misses: int  # had to be read from the file
+    bytes: int  # read
+    stalled_seconds: float  # in which some thread waited for a read
+
+
 class Runner(Protocol):
     config: ModelConfig
     device: torch.device
-    weight_bytes: int
+    weight_bytes: int  # always in memory
     expert_rows: Tensor  # [sparse layers, E] int64, rows that each expert was given so far
 
     def forward(self, rows: list[Rows], pools: Pools) -> Tensor:
         """Logits of the wanted rows, in order: [N, V] float32 on the CPU."""
         ...
 
+    def expert_reads(self) -> ExpertReads | None:
+        """None where all experts are in memory."""
+        ...
+
 
 class CompiledRunner:
     """kernels/decoder.cpp over weights in panels."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
+    def __init__(self, weights: DecoderWeights) -> None:
+        config = weights.config
         self.config = config
         self.device = torch.device("cpu")
         self.weight_bytes = weights.bytes
         self.expert_rows = torch.zeros(config.num_sparse_layers, config.num_experts, dtype=torch.int64)
-        self._decoder = torch.classes.trinity.Decoder(weights.shape, weights.constants, weights.tensors)
+        self._decoder, self._cache = weights.decoder(), weights.cache
 
     def forward(self, rows: list[Rows], pools: Pools) -> Tensor:
         tokens, positions, starts, wanted = [], [], [0], []
@@ -64,7 +80,15 @@ class CompiledRunner:
             torch.tensor([one.ring for one in rows]), pools.paged.values, pools.local.values,
             torch.tensor(wanted, dtype=torch.int64), logits, self.expert_rows,
         )  # fmt: skip
+        if self._cache is not None and (wrong := self._cache.failure()):
+            raise CheckpointError(f"{wrong}.", "Restore the file, and start again.")
         return logits
+
+    def expert_reads(self) -> ExpertReads | None:
+        if self._cache is None:
+            return None
+        hits, misses, read, nanoseconds = self._cache.counts()
+        return ExpertReads(hits, misses, read, nanoseconds / 1e9)
 
 
 class PlainRunner:
@@ -87,6 +111,9 @@ class PlainRunner:
         for seen, routing in zip(self.expert_rows, routings, strict=True):
             seen += routing.counts().cpu()
         return self.model.head(hidden[0, len(one.tokens) - one.wanted :]).cpu()
+
+    def expert_reads(self) -> None:
+        return None
 
 
 class PagedPast:
@@ -129,7 +156,7 @@ def runner_for(model: Transformer, kind: Kind | None = None) -> Runner:
     weight = model.embed_tokens.weight
     own: Kind = "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
     if weight.device.type == "cpu" and is_loaded():
-        return CompiledRunner(model.config, decoder_weights(model, kind or own))
+        return CompiledRunner(decoder_weights(model.config, HeldWeights(model.state_dict()), kind or own))
     return PlainRunner(model)
 
 

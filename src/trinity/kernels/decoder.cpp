@@ -21,6 +21,7 @@
 #include <limits>
 #include <vector>
 
+#include "expert_cache.h"
 #include "panels.h"
 #include "team.h"
 #include "turns.h"
@@ -36,10 +37,12 @@ constexpr float kLowest = -std::numeric_limits<float>::max();
 
 struct Layer {
   bool global = false, sparse = false;
-  int64_t place = 0;  // among the layers of its kind of pool
+  int64_t place = 0;         // among the layers of its kind of pool
+  int64_t sparse_place = 0;  // among the sparse layers
   const float *before_attention, *query, *key, *after_attention, *before_mlp, *after_mlp;
   Matrix heads, out;             // q, k, v and gate; o
-  Matrix gate_up, down;          // dense, or of the experts, end to end
+  Matrix gate_up, down;          // dense, or what those of an expert look like
+  const char* experts = nullptr;  // a record of both for each, end to end; null where a cache holds them
   Matrix router, shared_gate_up, shared_down;
   const float* bias = nullptr;
 };
@@ -94,12 +97,13 @@ struct Merge {
 
 class Decoder : public torch::CustomClassHolder {
  public:
-  // shape: vocabulary, D, layers, H, J, C, E, K, window, dense hidden, expert hidden, shared hidden, and a 1 for each
-  // global and then for each sparse layer. constants: eps, route scale, embedding scale, then C / 2 inverse frequencies.
-  // weights: embedding, final norm, head, then those of each layer as engine/weights.py lists them; a matrix is two
-  // tensors, values and scales. They must outlive the decoder, which holds them.
-  Decoder(const std::vector<int64_t>& shape, const std::vector<double>& constants, std::vector<at::Tensor> weights)
-      : weights_(std::move(weights)) {
+  // shape: vocabulary, D, layers, H, J, C, E, K, window, dense hidden, expert hidden, shared hidden, kind of the matrices
+  // and of the head, and a 1 for each global and then for each sparse layer. constants: eps, route scale, embedding
+  // scale, then C / 2 inverse frequencies. weights: embedding, final norm, head, then those of each layer as
+  // engine/weights.py lists them, a matrix as its bytes. Where a cache holds the experts, theirs are empty.
+  Decoder(const std::vector<int64_t>& shape, const std::vector<double>& constants, std::vector<at::Tensor> weights,
+          std::optional<c10::intrusive_ptr<ExpertCache>> cache)
+      : weights_(std::move(weights)), cache_(cache ? *cache : nullptr) {
     size_t given = 0;
     const auto take = [&] { return shape.at(given++); };
     vocabulary_ = take(), width_ = take();
@@ -112,44 +116,47 @@ class Decoder : public torch::CustomClassHolder {
     size_t next = 0;
     const auto tensor = [&]() -> const at::Tensor& { return weights_.at(next++); };
     const auto vector = [&]() { return tensor().const_data_ptr<float>(); };
-    const auto matrix = [&](int64_t outputs, int64_t depth) {
-      const at::Tensor &values = tensor(), &scales = tensor();
-      Matrix m;
-      m.outputs = outputs, m.depth = depth;
-      m.kind = values.scalar_type() == at::kFloat      ? Kind::kFloat32
-               : values.scalar_type() == at::kBFloat16 ? Kind::kBFloat16
-               : values.scalar_type() == at::kChar     ? Kind::kInt8
-                                                       : Kind::kInt4;
-      TORCH_CHECK(values.is_contiguous() && scales.is_contiguous());
-      TORCH_CHECK(static_cast<int64_t>(values.nbytes()) % m.bytes() == 0, "a matrix of another size");
-      m.values = static_cast<const char*>(values.const_data_ptr());
-      m.scales = static_cast<const _Float16*>(scales.const_data_ptr());
-      return m;
+    const auto bytes = [&](int64_t wanted) {
+      const at::Tensor& values = tensor();
+      TORCH_CHECK(values.is_contiguous() && static_cast<int64_t>(values.nbytes()) == wanted, "a matrix of another size");
+      return static_cast<const char*>(values.const_data_ptr());
+    };
+    const auto kind = static_cast<Kind>(take()), head_kind = static_cast<Kind>(take());
+    const auto matrix = [&](int64_t outputs, int64_t depth, Kind kind) {
+      const Matrix m = Matrix::of(kind, outputs, depth);
+      return m.at(bytes(m.bytes()));
     };
     embedding_ = tensor();
     final_norm_ = vector();
-    head_ = matrix(vocabulary_, width_);
+    head_ = matrix(vocabulary_, width_, head_kind);
     const int64_t query_width = heads_ * size_, key_width = key_heads_ * size_;
-    int64_t kinds[2] = {0, 0};
+    int64_t kinds[2] = {0, 0}, sparse = 0;
     for (int64_t l = 0; l < layers; ++l) {
       Layer layer;
-      layer.global = shape.at(12 + l), layer.sparse = shape.at(12 + layers + l);
+      layer.global = shape.at(given + l), layer.sparse = shape.at(given + layers + l);
       layer.place = kinds[layer.global]++;
       layer.before_attention = vector(), layer.query = vector(), layer.key = vector();
       layer.after_attention = vector(), layer.before_mlp = vector(), layer.after_mlp = vector();
-      layer.heads = matrix(2 * query_width + 2 * key_width, width_);
-      layer.out = matrix(width_, query_width);
-      layer.gate_up = matrix(2 * padded(layer.sparse ? hidden_ : dense_), width_);
-      layer.down = matrix(width_, layer.sparse ? hidden_ : dense_);
+      layer.heads = matrix(2 * query_width + 2 * key_width, width_, kind);
+      layer.out = matrix(width_, query_width, kind);
       if (layer.sparse) {
-        layer.router = matrix(experts_, width_);
+        layer.sparse_place = sparse++;
+        layer.gate_up = Matrix::of(kind, 2 * padded(hidden_), width_), layer.down = Matrix::of(kind, width_, hidden_);
+        const char* experts = bytes(cache_ ? 0 : experts_ * record_of(layer));
+        layer.experts = cache_ ? nullptr : experts;
+        layer.router = matrix(experts_, width_, Kind::kFloat32);
         layer.bias = vector();
-        if (shared_) layer.shared_gate_up = matrix(2 * padded(shared_), width_), layer.shared_down = matrix(width_, shared_);
+        if (shared_) {
+          layer.shared_gate_up = matrix(2 * padded(shared_), width_, kind), layer.shared_down = matrix(width_, shared_, kind);
+        }
+      } else {
+        layer.gate_up = matrix(2 * padded(dense_), width_, kind), layer.down = matrix(width_, dense_, kind);
       }
       layers_.push_back(layer);
     }
     TORCH_CHECK(next == weights_.size(), "weights are left over");
     for (const at::Tensor& weight : weights_) in_huge_pages(weight);
+    waves_.resize(layers_.size());
     pool_layers_[0] = kinds[0], pool_layers_[1] = kinds[1];
   }
 
@@ -185,6 +192,13 @@ class Decoder : public torch::CustomClassHolder {
   }
 
  private:
+  static int64_t record_of(const Layer& layer) { return layer.gate_up.bytes() + layer.down.bytes(); }
+
+  // Where the record of an expert lies; null where it could not be read.
+  const char* expert(const Layer& layer, int64_t e) {
+    return cache_ ? cache_->wait(layer.sparse_place, e) : layer.experts + e * record_of(layer);
+  }
+
   static int64_t padded(int64_t hidden) { return (hidden + kPanel / 2 - 1) / (kPanel / 2) * (kPanel / 2); }
 
   void make_room() {
@@ -476,34 +490,53 @@ class Decoder : public torch::CustomClassHolder {
 
   void through_experts(Team::Member& team, const Layer& layer, int64_t* counts) {
     product(team, layer.router, normed_.data(), width_, scores_.data(), whole_panels(experts_));
-    team.share(1, [&](int64_t) { route(layer, counts); });
+    int64_t& waves = waves_[&layer - layers_.data()];  // a thread that comes late still finds the number of this layer
+    team.share(1, [&](int64_t) {
+      route(layer, counts);
+      waves = cache_ ? cache_->begin(layer.sparse_place, used_, begin_, rows_) : 1;
+    });
+    for (int64_t wave = 0; wave < waves; ++wave) {
+      if (wave) team.share(1, [&](int64_t) { cache_->turn(wave); });
+      through_wave(team, layer, wave);
+    }
+  }
+
+  // The experts of one wave, and in the first one the shared expert.
+  void through_wave(Team::Member& team, const Layer& layer, int64_t wave) {
     const int64_t wide = std::max(padded(hidden_), padded(shared_)), slots = rows_ * chosen_;
-    const int64_t panels = layer.gate_up.panels(), shared_panels = shared_ ? layer.shared_gate_up.panels() : 0;
-    team.share_some([&] { return used_.size() * panels + shared_panels; }, [&](int64_t task) {
-      const int64_t used = static_cast<int64_t>(used_.size());
-      if (task >= used * panels) {
-        panel_rows(layer.shared_gate_up, task - used * panels, rows_, [&](int64_t i) { return &normed_[i * width_]; },
-                   [&](int64_t i, const float* y) {
-                     activate(y, &active_[(slots + i) * wide + (task - used * panels) * kPanel / 2]);
-                   });
+    const auto first = [&] { return cache_ ? wave * cache_->wave_size() : 0; };
+    const auto used = [&] {
+      const int64_t rest = static_cast<int64_t>(used_.size()) - first();
+      return cache_ ? std::clamp<int64_t>(rest, 0, cache_->wave_size()) : rest;
+    };
+    const bool shared = shared_ && wave == 0;
+    const int64_t panels = layer.gate_up.panels(), shared_panels = shared ? layer.shared_gate_up.panels() : 0;
+    team.share_some([&] { return used() * panels + shared_panels; }, [&](int64_t task) {
+      if (task < shared_panels) {
+        panel_rows(layer.shared_gate_up, task, rows_, [&](int64_t i) { return &normed_[i * width_]; },
+                   [&](int64_t i, const float* y) { activate(y, &active_[(slots + i) * wide + task * kPanel / 2]); });
         return;
       }
-      const int64_t e = used_[task / panels], p = task % panels, begin = begin_[e];
-      panel_rows(layer.gate_up.of(e), p, begin_[e + 1] - begin,
+      const int64_t e = used_[first() + (task - shared_panels) / panels], p = (task - shared_panels) % panels, begin = begin_[e];
+      const char* record = expert(layer, e);
+      if (!record) return;
+      panel_rows(layer.gate_up.at(record), p, begin_[e + 1] - begin,
                  [&](int64_t i) { return &normed_[order_[begin + i] / chosen_ * width_]; },
                  [&](int64_t i, const float* y) { activate(y, &active_[(begin + i) * wide + p * kPanel / 2]); });
     });
     const int64_t downs = layer.down.panels();
-    team.share_some([&] { return (used_.size() + (shared_ > 0)) * downs; }, [&](int64_t task) {
-      const int64_t used = static_cast<int64_t>(used_.size());
-      const int64_t p = task % downs, columns = std::min(kPanel, width_ - p * kPanel);
-      if (task >= used * downs) {
+    team.share_some([&] { return (used() + shared) * downs; }, [&](int64_t task) {
+      const int64_t p = task % downs, columns = std::min(kPanel, width_ - p * kPanel), which = task / downs - shared;
+      if (which < 0) {
         panel_rows(layer.shared_down, p, rows_, [&](int64_t i) { return &active_[(slots + i) * wide]; },
                    [&](int64_t i, const float* y) { std::copy_n(y, columns, &made_[(slots + i) * width_ + p * kPanel]); });
         return;
       }
-      const int64_t e = used_[task / downs], begin = begin_[e];
-      panel_rows(layer.down.of(e), p, begin_[e + 1] - begin, [&](int64_t i) { return &active_[(begin + i) * wide]; },
+      const int64_t e = used_[first() + which], begin = begin_[e];
+      const char* record = expert(layer, e);
+      if (!record) return;
+      panel_rows(layer.down.at(record + layer.gate_up.bytes()), p, begin_[e + 1] - begin,
+                 [&](int64_t i) { return &active_[(begin + i) * wide]; },
                  [&](int64_t i, const float* y) { std::copy_n(y, columns, &made_[order_[begin + i] * width_ + p * kPanel]); });
     });
   }
@@ -564,6 +597,7 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   std::vector<at::Tensor> weights_;
+  c10::intrusive_ptr<ExpertCache> cache_;  // null where all experts are in memory
   at::Tensor embedding_;
   const float* final_norm_ = nullptr;
   Matrix head_;
@@ -581,14 +615,19 @@ class Decoder : public torch::CustomClassHolder {
   std::vector<Stretch> stretches_;
   std::vector<Task> tasks_[2];
   std::vector<Merge> merges_[2];
-  std::vector<int64_t> sequence_, picked_, order_, begin_, used_;
+  std::vector<int64_t> sequence_, picked_, order_, begin_, used_, waves_;
   std::vector<float> x_, normed_, mixed_, projected_, attended_, active_, made_, scores_, weight_, partial_;
 };
 
 }  // namespace trinity
 
 TORCH_LIBRARY_FRAGMENT(trinity, library) {
+  library.class_<trinity::ExpertCache>("ExpertCache")
+      .def(torch::init<std::string, std::vector<int64_t>, int64_t, int64_t, int64_t, at::Tensor>())
+      .def("counts", &trinity::ExpertCache::counts)
+      .def("failure", &trinity::ExpertCache::failure);
   library.class_<trinity::Decoder>("Decoder")
-      .def(torch::init<std::vector<int64_t>, std::vector<double>, std::vector<at::Tensor>>())
+      .def(torch::init<std::vector<int64_t>, std::vector<double>, std::vector<at::Tensor>,
+                       std::optional<c10::intrusive_ptr<trinity::ExpertCache>>>())
       .def("forward", &trinity::Decoder::forward);
 }

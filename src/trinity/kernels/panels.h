@@ -4,8 +4,8 @@
 // over memory serves any number of rows. Every output is one sum along the depth, in order, whatever company its row
 // has: a row's result has the same bits alone and among others.
 //
-// float32: [panel][depth][64]; bfloat16 the same; int8 the same and a float16 scale for 32 values of depth
-// [panel][depth / 32][64]; int4 the same, two depths a byte, the first in the low half, 8 being zero.
+// float32: [panel][depth][64]; bfloat16 the same; int8 the same, and behind all panels a float16 scale for 32 values of
+// depth [panel][depth / 32][64]; int4 the same, two depths a byte, the first in the low half, 8 being zero.
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -28,21 +28,27 @@ constexpr int64_t bytes_of(Kind kind, int64_t values) {
   return kind == Kind::kFloat32 ? 4 * values : kind == Kind::kBFloat16 ? 2 * values : kind == Kind::kInt8 ? values : values / 2;
 }
 
-// One matrix; outputs beyond `outputs` in the last panel are zeros.
+// One matrix: all its panels, then all its scales; outputs beyond `outputs` in the last panel are zeros.
 struct Matrix {
   Kind kind = Kind::kFloat32;
   int64_t outputs = 0, depth = 0;
   const char* values = nullptr;
-  const _Float16* scales = nullptr;
+
+  // 8 and 4 bits need whole groups along the depth.
+  static Matrix of(Kind kind, int64_t outputs, int64_t depth) {
+    return {depth % kGroup && narrow(kind) ? Kind::kFloat32 : kind, outputs, depth};
+  }
+  static bool narrow(Kind kind) { return kind == Kind::kInt8 || kind == Kind::kInt4; }
 
   int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
   const char* panel(int64_t p) const { return values + p * bytes_of(kind, depth * kPanel); }
-  const _Float16* scale(int64_t p) const { return scales + p * depth / kGroup * kPanel; }
-  int64_t bytes() const { return panels() * bytes_of(kind, depth * kPanel); }
-  // The e-th of several that lie end to end.
-  Matrix of(int64_t e) const {
-    return {kind, outputs, depth, values + e * bytes(), scales + e * panels() * depth / kGroup * kPanel};
+  const _Float16* scale(int64_t p) const {
+    return reinterpret_cast<const _Float16*>(values + panels() * bytes_of(kind, depth * kPanel)) + p * depth / kGroup * kPanel;
   }
+  int64_t bytes() const {
+    return panels() * (bytes_of(kind, depth * kPanel) + (narrow(kind) ? depth / kGroup * kPanel * 2 : 0));
+  }
+  Matrix at(const char* values) const { return {kind, outputs, depth, values}; }
 };
 
 // Narrow values as vectors of whole numbers or floats. GCC takes the portable form apart, one value after another.

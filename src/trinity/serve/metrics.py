@@ -7,6 +7,7 @@ from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from trinity.engine.engine import Engine
+from trinity.engine.runner import ExpertReads
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -19,7 +20,12 @@ class EngineCounts(Collector):
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         prefix, scheduler = self.engine.prefix, self.engine.scheduler
+        reads = self.engine.runner.expert_reads() or ExpertReads(0, 0, 0, 0.0)
         for name, meaning, value in (
+            ("expert_cache_hits", "Experts that a step needed and memory held; 0 where it holds all", reads.hits),
+            ("expert_cache_misses", "Experts that had to be read from the disk", reads.misses),
+            ("expert_cache_read_bytes", "Bytes of experts read from the disk", reads.bytes),
+            ("expert_cache_stall_seconds", "Seconds in which a step waited for experts", reads.stalled_seconds),
             ("prefix_cache_queries", "Tokens of texts looked up in the prefix cache", prefix.tokens_asked),
             ("prefix_cache_hits", "Of these, tokens that were found", prefix.tokens_found),
             ("num_preemptions", "Requests set back because pages ran out", scheduler.set_back),

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from trinity.base.errors import CheckpointError
 from trinity.config.serve import ServeConfig
 from trinity.engine.engine import Engine
 from trinity.engine.grammar import ConstraintError
@@ -118,6 +119,10 @@ class Worker:
             self._expire()
             try:
                 pieces = self.engine.step()
+            except CheckpointError as error:  # experts that can be read no longer; it says which file
+                log.error("%s Running requests were ended.", error)
+                self._give_up()
+                continue
             except Exception as error:
                 # A defect, or no memory left: what ran is lost, the server goes on. A message may quote text: unlogged.
                 log.error("the engine failed with %s; its requests were ended", type(error).__name__)

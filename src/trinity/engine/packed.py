@@ -1,0 +1,115 @@
+"""A folder of weights as the decoder has them: written once, opened without packing, experts read when they are chosen.
+
+    OUT/config.json, tokenizer.json, ...    as in a Hugging Face folder
+    OUT/packed.safetensors                  every tensor of `layout`, then `sums`: one number for each part of `pack`
+
+The sums (kernels/expert_cache.h) are checked whenever a part is read, at the start or in the middle of an answer.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trinity.base.errors import CheckpointError, UsageError
+from trinity.base.units import show_bytes
+from trinity.ckpt.opened import PACKED, StoredModel
+from trinity.ckpt.tensor_file import TensorFile, header_of
+from trinity.config.model import ModelConfig
+from trinity.engine.weights import KINDS, DecoderWeights, Kind, Place, kind_named, layout, pack, record_bytes
+
+FORMAT = "trinity-packed-1"
+SUMS = "sums"
+AGAIN = "Export the model again: trinity export MODEL OUT --format packed."
+
+
+def write_packed(
+    folder: Path, stored: StoredModel, kind: Kind, advance: Callable[[int], None] = lambda _: None
+) -> None:
+    """Write the weights of a model into an existing folder, a tensor or an expert in memory at a time.
+
+    `advance` is told bytes; see `packed_bytes` for their sum.
+    """
+    places = layout(stored.config, kind)
+    sums = torch.empty(_parts(places), dtype=torch.int64)
+    tensors = {place.name: (place.dtype, place.shape) for place in places} | {SUMS: (sums.dtype, tuple(sums.shape))}
+    with (folder / PACKED).open("wb") as file:
+        file.write(header_of(tensors, {"format": FORMAT, "kind": kind}))
+        for number, (_, part) in enumerate(pack(stored.config, stored.weights, kind)):
+            sums[number] = sum_of(part)
+            file.write(_bytes_of(part).numpy().data)
+            advance(part.nbytes)
+        file.write(_bytes_of(sums).numpy().data)
+
+
+def packed_bytes(config: ModelConfig, kind: Kind) -> int:
+    return sum(place.bytes for place in layout(config, kind))
+
+
+def read_packed(file: TensorFile, config: ModelConfig, expert_bytes: int = 0) -> DecoderWeights:
+    """The weights of a packed file; where `expert_bytes` are given, experts stay there but for as many bytes of them.
+
+    CheckpointError where the file is of another model, or where its bytes are not those that were written.
+    """
+    kind, places = kind_of(file), layout(config, kind_of(file))
+    for place in places:
+        found = file.tensors.get(place.name)
+        if found is None or (found.dtype, found.shape) != (place.dtype, place.shape):
+            raise CheckpointError(f"{file.path} holds another {place.name} than config.json asks for.", AGAIN)
+    if SUMS not in file.tensors or file.tensors[SUMS].shape != (_parts(places),):
+        raise CheckpointError(f"{file.path} lacks the sums of its tensors.", AGAIN)
+    streamed = 0 < expert_bytes < _experts(places) * record_bytes(config, kind)
+    sums, tensors, of_experts, first = file.read(SUMS), {}, [], 0
+    for place in places:
+        count = _parts([place])
+        here, first = sums[first : first + count], first + count
+        if _holds_experts(place) and streamed:
+            of_experts.append(here)
+            continue
+        tensors[place.name] = file.read(place.name)
+        for part, wanted in zip(tensors[place.name] if count > 1 else [tensors[place.name]], here, strict=True):
+            if sum_of(part) != int(wanted):
+                raise CheckpointError(f"{file.path}: the bytes of {place.name} have changed.", "Copy the file again.")
+    if not streamed:
+        return DecoderWeights(config, kind, tensors)
+    starts = [file.tensors[place.name].start for place in places if _holds_experts(place)]
+    record, slots = record_bytes(config, kind), expert_bytes // record_bytes(config, kind)
+    if slots < 2:
+        raise UsageError(
+            f"expert_bytes is {show_bytes(expert_bytes)}; an expert of this model has {show_bytes(record)}.",
+            f"Give two of them room at least; one token's layer has {show_bytes(config.num_experts_per_tok * record)}.",
+        )
+    cache = torch.classes.trinity.ExpertCache(
+        str(file.path), starts, config.num_experts, record, slots, torch.cat(of_experts)
+    )
+    return DecoderWeights(config, kind, tensors, cache)
+
+
+def kind_of(file: TensorFile) -> Kind:
+    kind = file.metadata.get("kind", "")
+    if file.metadata.get("format") != FORMAT or kind not in KINDS:
+        raise CheckpointError(f"{file.path} was packed by another version of trinity.", AGAIN)
+    return kind_named(kind)
+
+
+def sum_of(part: Tensor) -> int:
+    """Of its 64-bit words w: the sum of w[i] (2 i + 1), modulo 2^64, as ExpertCache::sum_of has it."""
+    words = torch.nn.functional.pad(_bytes_of(part), (0, -part.nbytes % 8)).view(torch.int64)
+    return int((words * torch.arange(1, 2 * len(words), 2)).sum()) if len(words) else 0
+
+
+def _bytes_of(part: Tensor) -> Tensor:
+    return part.contiguous().flatten().view(torch.uint8)
+
+
+def _holds_experts(place: Place) -> bool:
+    return place.name.endswith(".experts")
+
+
+def _parts(places: list[Place]) -> int:
+    return sum(place.shape[0] if _holds_experts(place) else 1 for place in places)
+
+
+def _experts(places: list[Place]) -> int:
+    return sum(place.shape[0] for place in places if _holds_experts(place))
