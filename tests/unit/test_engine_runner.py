@@ -13,7 +13,7 @@ from trinity.ckpt.weights import HeldWeights
 from trinity.config.model import ModelConfig
 from trinity.engine.pages import PAGE, Pools, pages_for
 from trinity.engine.runner import CompiledRunner, PlainRunner, Rows, Runner
-from trinity.engine.weights import Kind, decoder_weights, interleaved, packed, unpacked
+from trinity.engine.weights import Kind, decoder_weights, interleaved, packed, packed_plainly, unpacked
 from trinity.kernels.compiled import is_loaded
 from trinity.model.experts import MixtureOfExperts
 from trinity.model.init import build_model
@@ -178,6 +178,22 @@ def test_threads_change_no_bit_where_one_sequence_is_long():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(torch.cat(single), alone[2590:])
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@given(outputs=st.integers(1, 140), depth=st.sampled_from([32, 96, 40, 1]), seed=st.integers(0, 99))
+def test_the_kernel_packs_as_its_twin_does(kind: Kind, outputs: int, depth: int, seed: int):
+    matrices = torch.randn(3, outputs, depth, generator=torch.Generator().manual_seed(seed))
+    matrices[0], matrices[1, :, : depth // 2] = 0, matrices[1, :, : depth // 2] * 1e-9
+    found, wanted = packed(matrices, kind), packed_plainly(matrices, kind)
+    assert found.shape == wanted.shape
+    if kind == "int4" and depth % 32 == 0:  # sums of squares in another order
+        errors = [unpacked(one, outputs, depth, kind).sub(matrices).square().sum(-1) for one in (found, wanted)]
+        torch.testing.assert_close(*errors, rtol=1e-4, atol=0)
+        assert float((found != wanted).float().mean()) < 0.01
+    else:
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])

@@ -44,6 +44,7 @@ for _schema in (
     "normalise_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale, Tensor(a!) grad_x, Tensor(b!) grad_weight)"
     " -> ()",
     "orthogonalise(Tensor(a!) stack, int steps, float a, float b, float c) -> ()",
+    "pack(Tensor matrices, int kind, Tensor(a!) out) -> ()",
 ):
     _OPERATORS.define(_schema)
     _OPERATORS.impl(_schema.partition("(")[0], lambda *_: None, "Meta")
