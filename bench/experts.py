@@ -3,8 +3,8 @@
     python bench/experts.py [mini] [--dtype int4] [--budgets 2G 4G 6G] [--tokens 64] [--folder WHERE] > out.json
 
 RECIPE's shape with seeded random weights is packed into WHERE once (Mini in int4: 14.5 GiB) and kept there. Each budget
-gets a fresh process, which reads a prompt, answers greedily, and tells its peak resident memory. Routing of random
-weights is nearly even, which is the worst case for a cache: trained models choose some experts far more often, so
+gets a fresh process, which reads a prompt, answers it, and tells its peak resident memory. Routing of random weights
+is nearly even, which is the worst case for a cache: trained models choose some experts far more often, so
 `--skew` makes a popularity of its own: selection biases are drawn so that the chosen experts repeat. To stand on a small
 machine, run it in a memory cgroup; what the system caches of the file then counts as well.
 JSON goes to stdout, a table to stderr.
@@ -50,8 +50,9 @@ class DrawnWeights:
 
     def __init__(self, config: ModelConfig, skew: float) -> None:
         self.config, self.skew, self.metas = config, skew, build_on_meta(config).state_dict()
-        self.drawn = torch.empty(DRAWN, 1)
-        fill_initial(self.drawn, "drawn", config, seed=0, rows=DRAWN)
+        drawn = torch.empty(DRAWN, 1)
+        fill_initial(drawn, "drawn", config, seed=0, rows=DRAWN)
+        self.twice = drawn.flatten().repeat(2)
 
     def tensor(self, name: str) -> Tensor:
         shape = self.metas[name].shape
@@ -75,8 +76,9 @@ class DrawnWeights:
 
     def _values(self, name: str, shape: torch.Size) -> Tensor:
         start, count = named_seed(0, name) % DRAWN, shape.numel()
-        twice = self.drawn.flatten().repeat(2 + count // DRAWN)
-        return twice[start : start + count].view(shape)
+        if count > DRAWN:
+            return self.twice[start : start + DRAWN].repeat(1 + count // DRAWN)[:count].view(shape)
+        return self.twice[start : start + count].view(shape)
 
 
 def packed_folder(options: argparse.Namespace) -> Path:
@@ -85,8 +87,8 @@ def packed_folder(options: argparse.Namespace) -> Path:
     if not (folder / PACKED).exists():
         config = replace(recipe(options.recipe).model, max_position_embeddings=4096)
         tokenizer, kind = train_bpe([Path(__file__).read_text()], 512), kind_named(options.dtype)
-        stored = StoredModel(config=config, weights=DrawnWeights(config, options.skew), tokenizer=tokenizer,
-                             folder=folder, name=folder.name, generation={}, lineage={}, load_balance_coeff=0.0)  # fmt: skip
+        about = {"folder": folder, "name": folder.name, "generation": {}, "lineage": {}, "load_balance_coeff": 0.0}
+        stored = StoredModel(config=config, weights=DrawnWeights(config, options.skew), tokenizer=tokenizer, **about)
         aside = folder.with_suffix(".writing")
         aside.mkdir(parents=True, exist_ok=True)
         (aside / "config.json").write_text(json.dumps(published_config(config, torch.bfloat16, 0.0)))

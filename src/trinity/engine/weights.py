@@ -50,8 +50,9 @@ def packed(matrices: Tensor, kind: Kind) -> Tensor:
     matrices = matrices.float()
     if not fits(matrices):
         return packed_plainly(matrices, kind)
-    out = torch.empty(*matrices.shape[:-2], matrix_bytes(*matrices.shape[-2:], kind), dtype=torch.uint8)
-    torch.ops.trinity.pack(matrices.reshape(-1, *matrices.shape[-2:]).contiguous(), KINDS.index(kind), out)
+    *stack, outputs, depth = matrices.shape
+    out = torch.empty(*stack, matrix_bytes(outputs, depth, kind), dtype=torch.uint8)
+    torch.ops.trinity.pack(matrices.reshape(-1, outputs, depth).contiguous(), KINDS.index(kind), out)
     return out
 
 
