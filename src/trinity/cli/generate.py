@@ -37,6 +37,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperatu
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16", "int8", "int4"), help="what weights are kept in"
     )
+    parser.add_argument("--kv-dtype", default="float32", choices=("float32", "bfloat16"), help="of keys and values")
 
 
 def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def generate(options: argparse.Namespace) -> None:
     sampling = sampling_of(options)
     sampling_from(sampling)  # refuses bad values before the model is loaded
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    model = load(options.model, options.dtype)
+    model = load(options.model, options.dtype, options.kv_dtype)
     stream = sys.stdout.isatty() if options.stream is None else options.stream
     if options.json:
         print(json.dumps(asdict(model.generate(prompt, **sampling)), ensure_ascii=False))

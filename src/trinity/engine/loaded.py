@@ -9,6 +9,7 @@ was trained here, whose documents began with it. Token ids are taken as they are
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from trinity.ckpt.opened import OpenedModel, open_model
 from trinity.config.model import ModelConfig
 from trinity.engine.engine import Engine, end_tokens, run
 from trinity.engine.limits import EngineLimits
+from trinity.engine.pages import KvDtype
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, constraint_of, gather
 from trinity.engine.runner import Runner, logits_of, runner_for
 from trinity.kernels.compiled import is_loaded
@@ -30,29 +32,32 @@ ALONE = EngineLimits(max_active=1, window_bytes=0)  # one request, nothing kept 
 FORMS = ("json_schema", "regex", "grammar", "after_think")  # keywords of constraint_of
 
 
-def load(path: Path | str, dtype: str = "float32") -> "LoadedModel":
+def load(path: Path | str, dtype: str = "float32", kv_dtype: KvDtype = "float32") -> "LoadedModel":
     """A Hugging Face folder or a run folder, ready to be asked. dtype: 'float32', 'bfloat16', 'int8' or 'int4'.
 
     That is what weights are kept in; what is computed is float32 on a CPU. Router, norms and selection bias stay in
-    float32 in any. CheckpointError where the folder is not a whole model.
+    float32 in any. kv_dtype: what keys and values are kept in, 'float32' or 'bfloat16'; limits given to `engine` have
+    their own. CheckpointError where the folder is not a whole model.
     """
     if dtype not in KINDS:
         raise UsageError(f"dtype '{dtype}' is not offered.", f"Choose one of {', '.join(KINDS)}.")
+    alone = replace(ALONE, kv_dtype=kv_dtype)
     few = dtype in ("int8", "int4")
     if few and not is_loaded():
         raise UsageError(f"{dtype} needs the compiled kernels.", "Install g++, or use dtype 'bfloat16'.")
     opened = open_model(path, "bfloat16" if few else dtype)
-    return LoadedModel(opened, runner_for(opened.model, dtype))
+    return LoadedModel(opened, runner_for(opened.model, dtype), alone)
 
 
 class LoadedModel:
     """Opened weights and the calls that use them. Not for use by several threads at once; `serve` is."""
 
-    def __init__(self, opened: OpenedModel, runner: Runner) -> None:
+    def __init__(self, opened: OpenedModel, runner: Runner, alone: EngineLimits = ALONE) -> None:
         self.name = opened.name
         self.generation = opened.generation
         self.tokenizer = opened.tokenizer
         self.runner = runner  # the weights it was made of are not kept
+        self.alone = alone
         self.end_ids = end_tokens(opened.tokenizer, opened.generation)
 
     @property
@@ -61,7 +66,8 @@ class LoadedModel:
 
     def engine(self, limits: EngineLimits | None = None) -> Engine:
         """A fresh engine over these weights."""
-        return Engine(self.runner, self.tokenizer, self.end_ids, limits)
+        own = EngineLimits(kv_dtype=self.alone.kv_dtype)
+        return Engine(self.runner, self.tokenizer, self.end_ids, limits or own)
 
     def prompt(self, text_or_ids: str | Sequence[int]) -> tuple[int, ...]:
         """The tokens the model reads for a text (begin mark first, if the tokenizer adds one) or for ids (as given)."""
@@ -87,7 +93,7 @@ class LoadedModel:
                 f"ids reach from {int(ids.min())} to {int(ids.max())}.",
                 f"Token ids lie between 0 and {self.config.vocab_size - 1}.",
             )
-        return logits_of(self.runner, ids.tolist())
+        return logits_of(self.runner, ids.tolist(), self.alone.kv_dtype)
 
     def generate(
         self, text_or_ids: str | Sequence[int], max_new_tokens: int = 64, temperature: float = 0.0, **sampling: Any
@@ -110,7 +116,7 @@ class LoadedModel:
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[Piece]:
         """The answer to a prompt of ids (see `prompt`, `chat_prompt`) in pieces; leaving early frees everything."""
-        engine = self.engine(ALONE)
+        engine = self.engine(self.alone)
         engine.submit(Request(prompt=tuple(prompt), sampling=sampling))
         while engine.busy:
             for piece in engine.step():
@@ -126,7 +132,7 @@ class LoadedModel:
         """
         prompt = self.prompt(text_or_ids)
         request = Request(prompt=prompt, sampling=SamplingParams(max_new_tokens=0, prompt_logprobs=0))
-        (pieces,) = run(self.engine(ALONE), [request])
+        (pieces,) = run(self.engine(self.alone), [request])
         gather(pieces, len(prompt))
         following = [entry.logprob for piece in pieces for entry in piece.prompt_logprobs]
         marked = isinstance(text_or_ids, str) and self.tokenizer.begins_texts
@@ -137,7 +143,7 @@ class LoadedModel:
     ) -> Generation:
         named = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         asked = sampling_from({"logprobs": 0} | sampling | named)
-        (pieces,) = run(self.engine(ALONE), [Request(prompt=prompt, sampling=asked)])
+        (pieces,) = run(self.engine(self.alone), [Request(prompt=prompt, sampling=asked)])
         return gather(pieces, len(prompt))
 
 
