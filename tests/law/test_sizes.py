@@ -15,7 +15,7 @@ CEILINGS = {
     "balance": 280,
     "base": 900,
     "ckpt": 1480,
-    "cli": 2660,
+    "cli": 2700,
     "config": 900,
     "data": 3200,
     "engine": 2600,
