@@ -3,10 +3,10 @@
     python bench/experts.py [mini] [--dtype int4] [--budgets 2G 4G 6G] [--tokens 64] [--folder WHERE] > out.json
 
 RECIPE's shape with seeded random weights is packed into WHERE once (Mini in int4: 14.5 GiB) and kept there. Each budget
-gets a fresh process, which reads a prompt, answers it, and tells its peak resident memory. Routing of random weights
-is nearly even, which is the worst case for a cache: trained models choose some experts far more often, so
-`--skew` makes a popularity of its own: selection biases are drawn so that the chosen experts repeat. To stand on a small
-machine, run it in a memory cgroup; what the system caches of the file then counts as well.
+gets a fresh process, which reads a prompt, answers it, and tells its peak resident memory. Routing by random weights is
+nearly even, the worst case for a cache: trained models choose some experts far more often. `--skew` makes some popular,
+by selection biases drawn with that standard deviation. To stand on a small machine, run it in a memory cgroup; what the
+system caches of the file then counts as well.
 JSON goes to stdout, a table to stderr.
 """
 

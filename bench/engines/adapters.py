@@ -1,4 +1,4 @@
-"""The engines that bench/decode.py compares: one class each, with the same two methods, and the weights they share.
+"""The engines that bench/decode.py and bench/context.py compare, and the weights they share. One class each:
 
 prefill(tokens)         reads one prompt from an empty cache, up to its last logits
 decode(batch) -> float  seconds of a step that gives each of `batch` sequences its next token, greedily
@@ -25,7 +25,7 @@ from trinity.config.model import ModelConfig
 from trinity.engine.engine import Engine
 from trinity.engine.limits import EngineLimits
 from trinity.engine.request import Request, SamplingParams
-from trinity.engine.runner import CompiledRunner
+from trinity.engine.runner import CompiledRunner, Runner
 from trinity.engine.weights import decoder_weights, kind_named
 from trinity.model.init import build_on_meta, fill_initial
 from trinity.recipes.table import recipe
@@ -88,12 +88,17 @@ def opened(options: argparse.Namespace) -> tuple[ModelConfig, Mapping[str, Tenso
     return config, Weights(config), train_bpe([Path(__file__).read_text()], 512)
 
 
+def runner_of(config: ModelConfig, weights: Mapping[str, Tensor], precision: str) -> Runner:
+    """Our engine's, its weights packed as the engine would have them."""
+    return CompiledRunner(decoder_weights(config, HeldWeights(weights), kind_named(precision)))
+
+
 class Trinity:
-    """The adapter of our engine: all that this bench knows of it. Weights are packed as the engine would have them."""
+    """The adapter of our engine: all that bench/decode.py knows of it."""
 
     def __init__(self, precision: str, options: argparse.Namespace) -> None:
         self.config, weights, self.tokenizer = opened(options)
-        self.runner = CompiledRunner(decoder_weights(self.config, HeldWeights(weights), kind_named(precision)))
+        self.runner = runner_of(self.config, weights, precision)
 
     def prefill(self, tokens: list[int]) -> None:
         engine = self._engine([tokens], answer=1)
@@ -143,23 +148,23 @@ class Transformers:
 
     def prefill(self, tokens: list[int]) -> None:
         tried = torch.tensor([prompt_of(self.config, TRIED)])  # what is fast with few tokens need not be with many
-        self._fastest("prefill", lambda: self._read(tried, self.new_cache()))
-        self._read(torch.tensor([tokens]), self.new_cache())
+        self._fastest("prefill", lambda: self.read(tried, self.new_cache()))
+        self.read(torch.tensor([tokens]), self.new_cache())
 
     def decode(self, batch: int) -> float:
         cache = self.new_cache()
         prompts = torch.tensor([prompt_of(self.config, PROMPT, row) for row in range(batch)])
-        newest = self._read(prompts, cache)
+        newest = self.read(prompts, cache)
 
         def step() -> None:
             nonlocal newest
-            newest = self._read(newest, cache)
+            newest = self.read(newest, cache)
 
         self._fastest(f"decode {batch}", step)
         return statistics.median(seconds_of(step) for _ in range(STEPS))
 
     @torch.inference_mode()
-    def _read(self, tokens: Tensor, cache: Any) -> Tensor:
+    def read(self, tokens: Tensor, cache: Any) -> Tensor:
         logits = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits.argmax(-1)
 

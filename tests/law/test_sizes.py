@@ -15,7 +15,7 @@ CEILINGS = {
     "balance": 280,
     "base": 900,
     "ckpt": 1700,
-    "cli": 2760,
+    "cli": 2800,
     "config": 900,
     "data": 3200,
     "engine": 2600,

@@ -101,9 +101,25 @@ def test_narrow_weights_answer_nearly_alike_in_less_memory(folder: Path, loaded:
     assert answer.token_ids == [int(narrow.logits([tokens])[0, place].argmax()) for place in places]
 
 
+def test_narrow_keys_and_values_are_used_by_every_call(folder: Path, loaded: LoadedModel, capsys) -> None:
+    narrow, ids = load(folder, kv_dtype="bfloat16"), [0, *range(40, 60)]
+    assert narrow.engine().pools.paged.values.dtype == torch.bfloat16
+    assert loaded.engine().pools.local.values.dtype == torch.float32
+    assert not torch.equal(narrow.logits([ids]), loaded.logits([ids]))
+    assert narrow.score(ids) != loaded.score(ids) and narrow.score(ids)[1:] == pytest.approx(
+        loaded.score(ids)[1:], abs=0.1
+    )
+    main(["generate", str(folder), "--prompt", "def wrap", "--max-new-tokens", "4", "--kv-dtype", "bfloat16", "--json"])
+    answer = narrow.generate("def wrap", max_new_tokens=4)
+    assert json.loads(capsys.readouterr().out)["logprobs"] == answer.logprobs
+    assert answer.logprobs != loaded.generate("def wrap", max_new_tokens=4).logprobs
+
+
 def test_precisions_not_offered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="float16"):
         load(folder, dtype="float16")
+    with pytest.raises(UsageError, match="kv_dtype 'int8' is not offered"):
+        load(folder, kv_dtype="int8")  # type: ignore[arg-type]
     monkeypatch.setattr("trinity.engine.loaded.is_loaded", lambda: False)
     with pytest.raises(UsageError, match="int8 needs the compiled kernels"):
         load(folder, dtype="int8")

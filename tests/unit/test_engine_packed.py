@@ -202,7 +202,7 @@ def test_what_cannot_be_had_is_said(models: Path, monkeypatch):
         ((models / "whole", "int3", 0), "dtype 'int3' is not offered"),
     ):
         with pytest.raises(UsageError, match=what):
-            load(*arguments)
+            load(arguments[0], arguments[1], expert_bytes=arguments[2])
     monkeypatch.setattr(loaded, "free_bytes", lambda: 100_000)
     for model in ("whole", "float32"):
         with pytest.raises(

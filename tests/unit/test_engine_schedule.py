@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trinity.base.errors import RequestError, UsageError
+from trinity.config.serve import ServeConfig
 from trinity.engine.engine import Engine, run
-from trinity.engine.limits import EngineLimits
-from trinity.engine.pages import PAGE, kv_bytes_per_token, pages_for
+from trinity.engine.limits import EngineLimits, limits_of
+from trinity.engine.pages import PAGE, KvDtype, kv_bytes_per_token, pages_for
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, gather
 from trinity.engine.runner import Runner, runner_for
 from trinity.kernels.compiled import is_loaded
@@ -36,8 +37,8 @@ def tokenizer() -> Tokenizer:
     return train_bpe(["some words and more words, 12345\n" * 20], 300)
 
 
-def page_bytes(pages: int) -> int:
-    return pages * PAGE * kv_bytes_per_token(CONFIG)
+def page_bytes(pages: int, kv_dtype: KvDtype = "float32") -> int:
+    return pages * PAGE * kv_bytes_per_token(CONFIG, kv_dtype)
 
 
 def ask(prompt: list[int], client: str = "", **sampling: object) -> Request:
@@ -48,8 +49,8 @@ def whole(pieces: list[Piece], request: Request) -> Generation:
     return gather(pieces, len(request.prompt))
 
 
-def alone(runner: Runner, tokenizer: Tokenizer, request: Request) -> Generation:
-    limits = EngineLimits(max_active=1, window_bytes=0, step_tokens=600)
+def alone(runner: Runner, tokenizer: Tokenizer, request: Request, kv_dtype: KvDtype = "float32") -> Generation:
+    limits = EngineLimits(max_active=1, window_bytes=0, step_tokens=600, kv_dtype=kv_dtype)
     return whole(run(Engine(runner, tokenizer, END, limits), [request])[0], request)
 
 
@@ -82,10 +83,11 @@ def some_requests(chance: Random) -> list[Request]:
 @given(seed=st.integers(0, 10**6))
 def test_any_schedule_gives_each_request_the_answer_it_has_alone(runner, tokenizer, seed: int):
     chance = Random(seed)
+    kv_dtype: KvDtype = chance.choice(["float32", "bfloat16"])
     limits = EngineLimits(
         max_active=chance.randrange(1, 5), step_tokens=chance.choice([7, 64, 150, 512]),
-        kv_bytes=page_bytes(chance.choice([6, 8, 40])), window_bytes=chance.choice([0, 2 * 10**5, 10**8]),
-        draft_tokens=chance.choice([0, 4]),
+        kv_bytes=page_bytes(chance.choice([6, 8, 40]), kv_dtype), window_bytes=chance.choice([0, 2 * 10**5, 10**8]),
+        draft_tokens=chance.choice([0, 4]), kv_dtype=kv_dtype,
     )  # fmt: skip
     engine, requests = Engine(runner, tokenizer, END, limits), some_requests(chance)
     asked = [*requests, *chance.sample(requests, 2)]  # some of them twice
@@ -102,7 +104,7 @@ def test_any_schedule_gives_each_request_the_answer_it_has_alone(runner, tokeniz
             pieces.setdefault(piece.request_id, []).append(piece)
     for request_id, request in zip(ids, asked, strict=True):
         if request_id not in aborted:
-            assert whole(pieces[request_id], request) == alone(runner, tokenizer, request)
+            assert whole(pieces[request_id], request) == alone(runner, tokenizer, request, kv_dtype)
             scored = [entry for piece in pieces[request_id] for entry in piece.prompt_logprobs]
             wanted = len(request.prompt) - 1 if request.sampling.prompt_logprobs is not None else 0
             assert [entry.token_id for entry in scored] == list(request.prompt[1 : 1 + wanted])
@@ -213,17 +215,21 @@ def test_what_does_not_fit_is_said_with_the_numbers_before_anything_is_taken(run
         Engine(runner, tokenizer, END, EngineLimits(kv_bytes=page_bytes(20)))
     with pytest.raises(UsageError, match="max_active is 0"):
         EngineLimits(max_active=0)
+    with pytest.raises(UsageError, match="kv_dtype 'float16' is not offered"):
+        EngineLimits(kv_dtype="float16")  # type: ignore[arg-type]
+    assert limits_of(ServeConfig(kv_dtype="bfloat16")).kv_dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("length", [64, 200, 590])
-def test_memory_of_keys_and_values_is_the_formula(runner, tokenizer, length: int):
+@pytest.mark.parametrize(("kv_dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_memory_of_keys_and_values_is_the_formula(runner, tokenizer, length: int, kv_dtype: KvDtype, size: int):
     """Pages of global layers for the text; a ring of window and step for local ones, however long the text."""
-    engine = Engine(runner, tokenizer, END, EngineLimits(step_tokens=64))
+    engine = Engine(runner, tokenizer, END, EngineLimits(step_tokens=64, kv_dtype=kv_dtype))
     engine.submit(ask([70 + n % 9 for n in range(length)], max_new_tokens=9))
     while engine.scheduler.active.get(0) is None or engine.scheduler.active[0].unread > 1:
         engine.step()
     layers = [CONFIG.is_global(layer) for layer in range(CONFIG.num_hidden_layers)]
-    each = CONFIG.num_key_value_heads * CONFIG.head_dim * 2 * 4
+    each = CONFIG.num_key_value_heads * CONFIG.head_dim * 2 * size
     ring = (pages_for(CONFIG.sliding_window + 64) + 1) * PAGE
     assert engine.kv_bytes() == each * (sum(layers) * pages_for(length) * PAGE + layers.count(False) * ring)
 

@@ -90,6 +90,8 @@ def test_every_recipe_has_a_plan(name: str, capsys: pytest.CaptureFixture[str]):
     assert sum(found["parameters"]["parts"].values()) == found["parameters"]["total"]
     cache = list(found["kv_bytes_bfloat16"].values())
     assert cache == sorted(cache) and cache[0] > 0
+    for length, held in found["request_bytes"]["bfloat16"].items():
+        assert found["kv_bytes_bfloat16"][length] < held < found["request_bytes"]["float32"][length]
     assert main(["plan", name]) == 0
     assert f"{found['parameters']['total']:,}" in capsys.readouterr().out
 

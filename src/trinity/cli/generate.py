@@ -38,6 +38,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperatu
     parser.add_argument("--seed", type=int, help="draw the same answer again; without it every run draws anew")
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
     add_loading(parser)
+    parser.add_argument("--kv-dtype", default="float32", choices=("float32", "bfloat16"), help="of keys and values")
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +60,7 @@ def loaded(options: argparse.Namespace) -> "LoadedModel":
     from trinity.base.units import parse_count
     from trinity.engine.loaded import load
 
-    return load(options.model, options.dtype, parse_count(options.expert_bytes))
+    return load(options.model, options.dtype, options.kv_dtype, parse_count(options.expert_bytes))
 
 
 def tell_reads(model: "LoadedModel") -> None:

@@ -15,6 +15,7 @@ from trinity.plan.experts import expert_load
 from trinity.plan.fit import Fit, best_fit, smallest_cluster
 from trinity.plan.flops import attention_flops, forward_flops, model_flops, newton_schulz_flops
 from trinity.plan.hardware import Cluster, Device
+from trinity.plan.inference import KINDS, VALUE_BYTES, cache_bytes, read_bytes, weight_bytes
 from trinity.plan.memory import kv_bytes, training_state_bytes
 from trinity.plan.params import count_parameters
 from trinity.plan.peers import Peer
@@ -205,6 +206,14 @@ def _sizes(run: RunConfig) -> dict[str, Any]:
         "newton_schulz_flops_per_step": sum(newton_schulz_flops(model, run.optim)),
         "weights_bytes": {"float32": 4 * count.total, "bfloat16": 2 * count.total},
         "kv_bytes_bfloat16": {str(length): cache.at(length, model.sliding_window) for length in lengths},
+        "inference": {
+            kind: {"weights_bytes": weight_bytes(model, kind),
+                   "read_bytes_per_token": {str(n): read_bytes(model, n, kind, "bfloat16") for n in lengths}}
+            for kind in KINDS
+        },
+        "request_bytes": {
+            kv_dtype: {str(n): cache_bytes(model, n, kv_dtype) for n in lengths} for kv_dtype in VALUE_BYTES
+        },
     }  # fmt: skip
 
 

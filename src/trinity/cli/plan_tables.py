@@ -52,6 +52,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
         device_table(found),
         parameter_table(found),
         context_table(found),
+        inference_table(found),
         *comparison_tables(found),
     ]
     return [table for table in made if table.rows]
@@ -154,6 +155,19 @@ def context_table(found: dict[str, Any]) -> Table:
             for length, flops in found["flops_per_token"].items()
         ],
     )
+
+
+def inference_table(found: dict[str, Any]) -> Table:
+    """Memory of a request by context, and what each token of it reads with weights of each kind."""
+    kinds, requests = found["inference"], found["request_bytes"]
+    rows = [["weights", "", "", *(show_bytes(kind["weights_bytes"]) for kind in kinds.values())]]
+    rows += [
+        [f"{int(length):,}", *(show_bytes(held[length]) for held in requests.values()),
+         *(show_bytes(kind["read_bytes_per_token"][length]) for kind in kinds.values())]
+        for length in requests["bfloat16"]
+    ]  # fmt: skip
+    header = ["a request of", *(f"KV {name}" for name in requests), *(f"token reads, {name}" for name in kinds)]
+    return Table(header=header, rows=rows)
 
 
 def comparison_tables(found: dict[str, Any]) -> list[Table]:

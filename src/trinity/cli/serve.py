@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 from trinity.cli.generate import add_loading, loaded
 from trinity.config.serve import ServeConfig
@@ -22,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             f"--{knob.name.replace('_', '-')}",
             type=type(knob.default),
             default=knob.default,
+            choices=get_args(knob.type) or None,
             help=f"{knob.metadata['meaning']} (default %(default)s)",
         )
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="one key a line; TRINITY_API_KEY adds one")

@@ -1,6 +1,7 @@
 """ServeConfig: how a model is offered to clients, and the defaults of generation."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from trinity.config.knob import Settings, knob
 
@@ -13,6 +14,7 @@ class ServeConfig(Settings):
     max_queued: int = knob("requests that may wait; a further one is answered 429", 64, low=0)
     step_tokens: int = knob("tokens read in one step; running answers wait no longer for a long prompt", 512, low=1)
     kv_bytes: int = knob("memory for keys and values; 0: what all requests may need, in half of what is free", 0, low=0)
+    kv_dtype: Literal["float32", "bfloat16"] = knob("what keys and values are kept in", "float32")
     window_bytes: int = knob("memory for local layers' windows in the prefix cache", 256 * 2**20, low=0)
     draft_tokens: int = knob("tokens drafted by prompt lookup in each step; 0: none", 0, low=0, high=64)
     max_new_tokens: int = knob("new tokens when a request names no limit", 256, low=1)

@@ -68,7 +68,7 @@ class Engine:
             )
         whole, room = min(context, length + request.sampling.max_new_tokens), self.pools.tokens
         if whole > room:
-            each = kv_bytes_per_token(self.config)
+            each = kv_bytes_per_token(self.config, self.limits.kv_dtype)
             raise RequestError(
                 f"Prompt and answer may reach {whole} tokens, {whole * each / 2**20:.0f} MiB of keys and values; the "
                 f"engine has room for {room}, {room * each / 2**20:.0f} MiB.",

@@ -7,7 +7,7 @@ import torch
 from trinity.base.errors import UsageError
 from trinity.base.memory import free_bytes
 from trinity.config.model import ModelConfig
-from trinity.engine.pages import PAGE, Pools, kv_bytes_per_token, pages_for
+from trinity.engine.pages import KV_DTYPES, PAGE, KvDtype, Pools, kv_bytes_per_token, pages_for
 
 SHARE = 0.5  # of the memory that is free, which keys and values may take where nobody says how much
 
@@ -17,11 +17,16 @@ class EngineLimits:
     max_active: int = 8  # requests that are answered at once
     step_tokens: int = 512  # read in one step: answers wait no longer for a long prompt than for these
     kv_bytes: int = 0  # of keys and values in global layers; 0: what all requests may need, in half of free memory
+    kv_dtype: KvDtype = "float32"  # of keys and values; bfloat16 rounds them, and takes half the memory
     window_bytes: int = 256 * 2**20  # for windows of local layers in the prefix cache
     draft_tokens: int = 0  # proposed by prompt lookup for each token; 0: none
 
     def __post_init__(self) -> None:
+        if self.kv_dtype not in KV_DTYPES:
+            raise UsageError(f"kv_dtype '{self.kv_dtype}' is not offered.", f"Choose {' or '.join(KV_DTYPES)}.")
         for field in fields(self):
+            if field.name == "kv_dtype":
+                continue
             least = int(field.name in ("max_active", "step_tokens"))
             if getattr(self, field.name) < least:
                 raise UsageError(f"{field.name} is {getattr(self, field.name)}.", f"It must be at least {least}.")
@@ -34,7 +39,7 @@ def limits_of(settings: object) -> EngineLimits:
 
 def pools_for(config: ModelConfig, limits: EngineLimits, device: torch.device) -> Pools:
     """Room for keys and values as the limits have it. UsageError where it would not hold even one page a request."""
-    each = max(1, kv_bytes_per_token(config))
+    each = max(1, kv_bytes_per_token(config, limits.kv_dtype))
     wanted = limits.max_active * pages_for(config.max_position_embeddings)
     free = memory_free(device)
     if limits.kv_bytes:
@@ -52,7 +57,7 @@ def pools_for(config: ModelConfig, limits: EngineLimits, device: torch.device) -
             f"{limits.max_active} requests.",
             "Raise kv_bytes, lower max_active, or free memory.",
         )
-    return Pools(config, pages, limits.max_active, limits.step_tokens, device)
+    return Pools(config, pages, limits.max_active, limits.step_tokens, device, limits.kv_dtype)
 
 
 def memory_free(device: torch.device) -> int:

@@ -9,6 +9,7 @@ was trained here, whose documents began with it. Token ids are taken as they are
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trinity.data.progress import progress
 from trinity.engine.engine import Engine, end_tokens, run
 from trinity.engine.limits import EngineLimits
 from trinity.engine.packed import kind_of, packed_bytes, read_packed
+from trinity.engine.pages import KvDtype
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, constraint_of, gather
 from trinity.engine.runner import CompiledRunner, Runner, logits_of, runner_for
 from trinity.engine.weights import NARROW, Kind, decoder_weights, kind_named, record_bytes
@@ -35,11 +37,15 @@ ALONE = EngineLimits(max_active=1, window_bytes=0)  # one request, nothing kept 
 FORMS = ("json_schema", "regex", "grammar", "after_think")  # keywords of constraint_of
 
 
-def load(path: Path | str, dtype: str | None = None, expert_bytes: int = 0) -> "LoadedModel":
+def load(
+    path: Path | str, dtype: str | None = None, kv_dtype: KvDtype = "float32", expert_bytes: int = 0
+) -> "LoadedModel":
     """A Hugging Face folder, a run folder or a packed folder, ready to be asked.
 
     dtype: 'float32' (the default), 'bfloat16', 'int8' or 'int4'. That is what weights are kept in; what is computed is
     float32 on a CPU. Router, norms and selection bias stay in float32 in any. A packed folder has a dtype of its own.
+
+    kv_dtype: what keys and values are kept in, 'float32' or 'bfloat16'; limits given to `engine` have their own.
 
     expert_bytes: of a packed folder, keep no more bytes of experts in memory, and read the others from the disk when a
     token chooses them; 0 keeps all. Answers are the same to the bit.
@@ -47,8 +53,9 @@ def load(path: Path | str, dtype: str | None = None, expert_bytes: int = 0) -> "
     CheckpointError where the folder is not a whole model, UsageError where it does not fit into memory.
     """
     kind = None if dtype is None else kind_named(dtype)
+    alone = replace(ALONE, kv_dtype=kv_dtype)
     stored = find_model(path)
-    return LoadedModel(stored, _runner(stored, kind, expert_bytes))
+    return LoadedModel(stored, _runner(stored, kind, expert_bytes), alone)
 
 
 def _runner(stored: StoredModel, dtype: Kind | None, expert_bytes: int) -> Runner:
@@ -92,11 +99,12 @@ def _check_memory(config: ModelConfig, kind: Kind, expert_bytes: int) -> None:
 class LoadedModel:
     """Opened weights and the calls that use them. Not for use by several threads at once; `serve` is."""
 
-    def __init__(self, stored: StoredModel, runner: Runner) -> None:
+    def __init__(self, stored: StoredModel, runner: Runner, alone: EngineLimits = ALONE) -> None:
         self.name = stored.name
         self.generation = stored.generation
         self.tokenizer = stored.tokenizer
         self.runner = runner
+        self.alone = alone
         self.end_ids = end_tokens(stored.tokenizer, stored.generation)
 
     @property
@@ -105,7 +113,8 @@ class LoadedModel:
 
     def engine(self, limits: EngineLimits | None = None) -> Engine:
         """A fresh engine over these weights."""
-        return Engine(self.runner, self.tokenizer, self.end_ids, limits)
+        own = EngineLimits(kv_dtype=self.alone.kv_dtype)
+        return Engine(self.runner, self.tokenizer, self.end_ids, limits or own)
 
     def prompt(self, text_or_ids: str | Sequence[int]) -> tuple[int, ...]:
         """The tokens the model reads for a text (begin mark first, if the tokenizer adds one) or for ids (as given)."""
@@ -131,7 +140,7 @@ class LoadedModel:
                 f"ids reach from {int(ids.min())} to {int(ids.max())}.",
                 f"Token ids lie between 0 and {self.config.vocab_size - 1}.",
             )
-        return logits_of(self.runner, ids.tolist())
+        return logits_of(self.runner, ids.tolist(), self.alone.kv_dtype)
 
     def generate(
         self, text_or_ids: str | Sequence[int], max_new_tokens: int = 64, temperature: float = 0.0, **sampling: Any
@@ -154,7 +163,7 @@ class LoadedModel:
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[Piece]:
         """The answer to a prompt of ids (see `prompt`, `chat_prompt`) in pieces; leaving early frees everything."""
-        engine = self.engine(ALONE)
+        engine = self.engine(self.alone)
         engine.submit(Request(prompt=tuple(prompt), sampling=sampling))
         while engine.busy:
             for piece in engine.step():
@@ -170,7 +179,7 @@ class LoadedModel:
         """
         prompt = self.prompt(text_or_ids)
         request = Request(prompt=prompt, sampling=SamplingParams(max_new_tokens=0, prompt_logprobs=0))
-        (pieces,) = run(self.engine(ALONE), [request])
+        (pieces,) = run(self.engine(self.alone), [request])
         gather(pieces, len(prompt))
         following = [entry.logprob for piece in pieces for entry in piece.prompt_logprobs]
         marked = isinstance(text_or_ids, str) and self.tokenizer.begins_texts
@@ -181,7 +190,7 @@ class LoadedModel:
     ) -> Generation:
         named = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         asked = sampling_from({"logprobs": 0} | sampling | named)
-        (pieces,) = run(self.engine(ALONE), [Request(prompt=prompt, sampling=asked)])
+        (pieces,) = run(self.engine(self.alone), [Request(prompt=prompt, sampling=asked)])
         return gather(pieces, len(prompt))
 
 

@@ -6,16 +6,23 @@ and round, as many as hold the window and one step's tokens. So memory grows wit
 
     bytes = 2 x key heads x head size x bytes of a value x (global layers x tokens + local layers x ring tokens)
 
+Values are float32, or bfloat16: then keys and values are rounded once, where they are put into their page.
+
 A page holds one stretch of 64 tokens in all layers of its kind: [layers, key heads, 2, 64 x C], keys [C, 64] then
 values [64, C], as kernels/decoder.cpp reads them.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from trinity.config.model import ModelConfig
 
-PAGE = 64  # tokens; kernels/decoder.cpp knows the same number
+PAGE = 64  # tokens; kernels/pages.h knows the same number
+
+KvDtype = Literal["float32", "bfloat16"]
+KV_DTYPES: dict[KvDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pages_for(tokens: int) -> int:
@@ -28,9 +35,9 @@ class Pool:
     A page that is neither used nor held is free; one that is held alone is idle.
     """
 
-    def __init__(self, pages: int, layers: int, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, pages: int, layers: int, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         shape = (pages, layers, config.num_key_value_heads, 2, PAGE * config.head_dim)
-        self.values = torch.empty(shape, device=device)  # the system gives memory on first touch
+        self.values = torch.empty(shape, device=device, dtype=dtype)  # the system gives memory on first touch
         self.uses = [0] * pages
         self.held = [False] * pages
         self.idle = 0
@@ -87,15 +94,21 @@ class Pools:
     """The pages of global layers and the rings of local ones."""
 
     def __init__(
-        self, config: ModelConfig, pages: int, rings: int, step_tokens: int, device: torch.device | None = None
+        self,
+        config: ModelConfig,
+        pages: int,
+        rings: int,
+        step_tokens: int,
+        device: torch.device | None = None,
+        kv_dtype: KvDtype = "float32",
     ) -> None:
-        where = torch.device("cpu") if device is None else device
+        where, dtype = torch.device("cpu") if device is None else device, KV_DTYPES[kv_dtype]
         self.window = config.sliding_window
         # A step's tokens go in before any of them is read, and window and step may begin anywhere in a page.
         self.ring_pages = pages_for(config.sliding_window + step_tokens) + 1
         globals_ = sum(config.is_global(layer) for layer in range(config.num_hidden_layers))
-        self.paged = Pool(pages, globals_, config, where)
-        self.local = Pool(rings * self.ring_pages, config.num_hidden_layers - globals_, config, where)
+        self.paged = Pool(pages, globals_, config, where, dtype)
+        self.local = Pool(rings * self.ring_pages, config.num_hidden_layers - globals_, config, where, dtype)
 
     @property
     def tokens(self) -> int:
@@ -125,7 +138,7 @@ class Pools:
         return [ring[block % self.ring_pages] for block in range(first, tokens // PAGE)]
 
 
-def kv_bytes_per_token(config: ModelConfig) -> int:
-    """Of one token in all global layers, float32."""
+def kv_bytes_per_token(config: ModelConfig, kv_dtype: KvDtype = "float32") -> int:
+    """Of one token in all global layers."""
     globals_ = sum(config.is_global(layer) for layer in range(config.num_hidden_layers))
-    return globals_ * config.num_key_value_heads * config.head_dim * 2 * 4
+    return globals_ * config.num_key_value_heads * config.head_dim * 2 * KV_DTYPES[kv_dtype].itemsize

@@ -13,7 +13,7 @@ from torch import Tensor
 from trinity.base.errors import CheckpointError
 from trinity.ckpt.weights import HeldWeights
 from trinity.config.model import ModelConfig
-from trinity.engine.pages import PAGE, Pools, pages_for
+from trinity.engine.pages import PAGE, KvDtype, Pools, pages_for
 from trinity.engine.weights import DecoderWeights, Kind, decoder_weights
 from trinity.kernels.compiled import is_loaded
 from trinity.model.attend import additive, scaled_dot_product
@@ -160,11 +160,11 @@ def runner_for(model: Transformer, kind: Kind | None = None) -> Runner:
     return PlainRunner(model)
 
 
-def logits_of(runner: Runner, texts: list[list[int]], step: int = 512) -> Tensor:
+def logits_of(runner: Runner, texts: list[list[int]], kv_dtype: KvDtype = "float32", step: int = 512) -> Tensor:
     """[B, T, V] float32 on the CPU: the next-token logits at every place of texts of one length."""
     made = []
     for tokens in texts:
-        pools = Pools(runner.config, pages_for(len(tokens)), 1, step, runner.device)
+        pools = Pools(runner.config, pages_for(len(tokens)), 1, step, runner.device, kv_dtype)
         pages, ring = pools.paged.take(pages_for(len(tokens))), pools.take_ring() or []
         starts = range(0, len(tokens), step)
         parts = [tokens[start : start + step] for start in starts]

@@ -2,8 +2,8 @@
 // past in pages. One call, one team of threads, no tensor made on the way. Float32 but for the weights (panels.h).
 //
 // A row's result depends on its own sequence alone, to the bit: products sum along the depth in order (panels.h), and
-// attention goes through keys in pages and in stretches of kStretch pages whose bounds lie at fixed positions, whatever
-// other rows are there and however a prompt was cut into chunks. The twin is model/transformer.py.
+// attention goes through keys in pages (pages.h) and in stretches of kStretch pages whose bounds lie at fixed positions,
+// whatever other rows are there and however a prompt was cut into chunks. The twin is model/transformer.py.
 //
 // Shapes: M rows, D width, H query and J key heads of size C, E experts, K chosen, F hidden width of an expert.
 // A page holds kPage tokens of one layer and one key head: keys [C, kPage], then values [kPage, C].
@@ -19,9 +19,11 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "expert_cache.h"
+#include "pages.h"
 #include "panels.h"
 #include "team.h"
 #include "turns.h"
@@ -30,10 +32,9 @@ namespace trinity {
 
 namespace {
 
-constexpr int64_t kPage = 64;      // tokens; engine/pages.py knows the same number
-constexpr int64_t kStretch = 16;   // pages whose softmax is made in one go
-constexpr int64_t kQueryRows = 16;  // of a prompt that attend together
-constexpr float kLowest = -std::numeric_limits<float>::max();
+constexpr int64_t kStretch = 16;  // pages whose softmax is made in one go
+constexpr int64_t kQueries = 192;  // that go through pages together where a prompt is read: a page is fetched for all
+constexpr int64_t kFewRows = 8;    // of a prompt, with which threads would rather be idle than share a page's fetch
 
 struct Layer {
   bool global = false, sparse = false;
@@ -78,6 +79,14 @@ inline void in_huge_pages(const at::Tensor& weight) {
 #endif
 }
 
+// Keys and values of one kind of layer: pages, which of them each sequence has, and how many layers a page is of.
+struct Pool {
+  char* at = nullptr;
+  bool narrow = false;  // bfloat16
+  int64_t layers = 0, table_width = 0;
+  const int64_t* table = nullptr;
+};
+
 // The rows of one sequence in this step: `count` from `row` on, at positions from `position` on.
 struct Stretch {
   int64_t row, count, position, sequence;
@@ -86,11 +95,11 @@ struct Stretch {
 struct Task {
   int64_t row, count, position, sequence, head;  // rows of one sequence, one key head
   int64_t first, last;                           // stretches of pages
-  int64_t partial;                               // where its part of a softmax goes; -1: it has all of it
+  int64_t partial;                               // where its parts of softmaxes go; -1: it has all of them
 };
 
 struct Merge {
-  int64_t row, position, head, partial, parts;
+  int64_t row, count, head, partial, parts;
 };
 
 }  // namespace
@@ -157,21 +166,20 @@ class Decoder : public torch::CustomClassHolder {
     TORCH_CHECK(next == weights_.size(), "weights are left over");
     for (const at::Tensor& weight : weights_) in_huge_pages(weight);
     waves_.resize(layers_.size());
-    pool_layers_[0] = kinds[0], pool_layers_[1] = kinds[1];
+    for (const int global : {0, 1}) pools_[global].layers = kinds[global];
   }
 
   // tokens, positions [M]; starts [S + 1]: the rows of sequence s are starts[s] .. starts[s + 1], at positions in order;
   // tables [S, B]: the page of each of its stretches of kPage tokens in `paged`, global layers; rings [S, R]: the same in
-  // `local`, round and round; wanted [N]: rows whose logits go to out [N, V]. All int64 but the pools and `out`, float32.
+  // `local`, round and round; wanted [N]: rows whose logits go to out [N, V]. All int64 but `out`, float32, and the pools,
+  // float32 or bfloat16.
   // counts [sparse layers, E] int64 grow by the rows each expert was given.
   void forward(const at::Tensor& tokens, const at::Tensor& positions, const at::Tensor& starts,
                const at::Tensor& tables, const at::Tensor& rings, const at::Tensor& paged, const at::Tensor& local,
                const at::Tensor& wanted, const at::Tensor& out, const at::Tensor& counts) {
     rows_ = tokens.numel();
     tokens_ = tokens.const_data_ptr<int64_t>(), positions_ = positions.const_data_ptr<int64_t>();
-    table_[1] = tables.const_data_ptr<int64_t>(), table_width_[1] = tables.size(1);
-    table_[0] = rings.const_data_ptr<int64_t>(), table_width_[0] = rings.size(1);
-    pool_[1] = paged.mutable_data_ptr<float>(), pool_[0] = local.mutable_data_ptr<float>();
+    take_pool(pools_[1], paged, tables), take_pool(pools_[0], local, rings);
     const int64_t* begins = starts.const_data_ptr<int64_t>();
     sequence_.resize(rows_);
     stretches_.clear();
@@ -200,6 +208,12 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   static int64_t padded(int64_t hidden) { return (hidden + kPanel / 2 - 1) / (kPanel / 2) * (kPanel / 2); }
+
+  static void take_pool(Pool& pool, const at::Tensor& values, const at::Tensor& table) {
+    TORCH_CHECK(values.scalar_type() == at::kFloat || values.scalar_type() == at::kBFloat16, "pages of another kind");
+    pool.at = static_cast<char*>(values.mutable_data_ptr()), pool.narrow = values.scalar_type() == at::kBFloat16;
+    pool.table = table.const_data_ptr<int64_t>(), pool.table_width = table.size(1);
+  }
 
   void make_room() {
     const int64_t slots = rows_ * (chosen_ + 1), widest = std::max({padded(hidden_), padded(shared_), int64_t{1}});
@@ -314,11 +328,14 @@ class Decoder : public torch::CustomClassHolder {
     });
   }
 
-  float* page(int global, const Layer& layer, int64_t sequence, int64_t block, int64_t head) const {
-    const int64_t wide = table_width_[global];
-    const int64_t number = table_[global][sequence * wide + (global ? block : block % wide)];
-    return pool_[global] + ((number * pool_layers_[global] + layer.place) * key_heads_ + head) * 2 * kPage * size_;
+  // A page's keys, with its values behind them: float or, in a narrow pool, uint16_t.
+  template <class Value>
+  Value* page(const Layer& layer, int64_t sequence, int64_t block, int64_t head) const {
+    const Pool& pool = pools_[layer.global];
+    const int64_t number = pool.table[sequence * pool.table_width + (layer.global ? block : block % pool.table_width)];
+    return reinterpret_cast<Value*>(pool.at) + ((number * pool.layers + layer.place) * key_heads_ + head) * page_size();
   }
+  int64_t page_size() const { return 2 * kPage * size_; }
 
   // Head `which` of a row: its queries' group, normalised, turned and scaled, or its key and value, put into their page.
   void place(const Layer& layer, int64_t row, int64_t which) {
@@ -338,10 +355,16 @@ class Decoder : public torch::CustomClassHolder {
     const float* v = from + (heads_ + key_heads_ + head) * size_;
     normalise(k, layer.key, size_, eps_, k);
     if (!layer.global) rotate(k, positions_[row]);
-    const int64_t position = positions_[row], slot = position % kPage;
-    float* keys = page(layer.global, layer, sequence_[row], position / kPage, head);
-    for (int64_t c = 0; c < size_; ++c) keys[c * kPage + slot] = k[c];
-    std::copy_n(v, size_, keys + kPage * size_ + slot * size_);
+    const int64_t slot = positions_[row] % kPage, block = positions_[row] / kPage;
+    const auto put = [&](auto* keys, const auto& rounded) {
+      auto* values = keys + (kPage + slot) * size_;
+      for (int64_t c = 0; c < size_; ++c) keys[c * kPage + slot] = rounded(k[c]), values[c] = rounded(v[c]);
+    };
+    if (pools_[layer.global].narrow) {
+      put(page<uint16_t>(layer, sequence_[row], block, head), narrowed);
+    } else {
+      put(page<float>(layer, sequence_[row], block, head), [](float x) { return x; });
+    }
   }
 
   void rotate(float* x, int64_t position) const {
@@ -354,52 +377,62 @@ class Decoder : public torch::CustomClassHolder {
     }
   }
 
-  // Which rows attend together, and in how many parts where one sequence alone would leave threads without work.
+  // Which rows attend together, and in how many parts where they alone would leave threads without work. No bit depends
+  // on either: softmaxes are made by query and stretch, and joined in order.
   void plan_attention(int global, int members) {
     auto &tasks = tasks_[global];
     auto &merges = merges_[global];
     tasks.clear(), merges.clear();
-    int64_t whole = 0, partials = 0;
-    for (const Stretch& s : stretches_) whole += (s.count + kQueryRows - 1) / kQueryRows * key_heads_;
-    const bool split = whole < 2 * members;
+    const int64_t group = heads_ / key_heads_, enough = 4 * members;
+    int64_t together = std::max(kFewRows, kQueries / group), partials = 0;
+    while (together > kFewRows && tiles(together) < enough) together = std::max(kFewRows, together / 2);
+    const bool split = tiles(together) < enough / 2;
     for (const Stretch& s : stretches_) {
-      for (int64_t i = 0; i < s.count; i += kQueryRows) {
-        const int64_t count = std::min(kQueryRows, s.count - i), position = s.position + i;
-        const int64_t oldest = global ? 0 : std::max<int64_t>(0, position - window_ + 1);
-        const int64_t first = oldest / (kPage * kStretch), last = (position + count - 1) / (kPage * kStretch) + 1;
+      for (int64_t i = 0; i < s.count; i += together) {
+        const int64_t count = std::min(together, s.count - i), position = s.position + i;
+        const int64_t first = oldest(global, position) / (kPage * kStretch);
+        const int64_t last = (position + count - 1) / (kPage * kStretch) + 1;
         for (int64_t head = 0; head < key_heads_; ++head) {
-          const int64_t parts = split && count == 1 ? std::min<int64_t>(last - first, 4 * members) : 1;
-          if (parts < 2) {
+          if (!split || last - first < 2) {
             tasks.push_back({s.row + i, count, position, s.sequence, head, first, last, -1});
             continue;
           }
-          // One stretch a part, so that they are merged as one thread would have made them.
-          merges.push_back({s.row + i, position, head, partials, last - first});
-          for (int64_t part = first; part < last; ++part) {
-            tasks.push_back({s.row + i, 1, position, s.sequence, head, part, part + 1, partials++});
+          merges.push_back({s.row + i, count, head, partials, last - first});
+          for (int64_t part = first; part < last; ++part, partials += count * group) {
+            tasks.push_back({s.row + i, count, position, s.sequence, head, part, part + 1, partials});
           }
         }
       }
     }
-    const int64_t group = heads_ / key_heads_;
-    partial_.resize(std::max<size_t>(partial_.size(), partials * group * (size_ + 2)));
+    partial_.resize(std::max<size_t>(partial_.size(), partials * (size_ + 2)));
+  }
+
+  int64_t tiles(int64_t together) const {
+    int64_t count = 0;
+    for (const Stretch& s : stretches_) count += (s.count + together - 1) / together * key_heads_;
+    return count;
+  }
+
+  // The first position that the query at `position` sees.
+  int64_t oldest(bool global, int64_t position) const {
+    return global ? 0 : std::max<int64_t>(0, position - window_ + 1);
   }
 
   void attend(Team::Member& team, const Layer& layer) {
     const auto &tasks = tasks_[layer.global];
     const auto &merges = merges_[layer.global];
     team.share(tasks.size(), [&](int64_t t) { attend_tile(layer, tasks[t]); });
-    const int64_t group = heads_ / key_heads_;
     team.share(merges.size(), [&](int64_t t) {
       const Merge& merge = merges[t];
-      Scratch scratch{group * (size_ + 2)};
-      float *highest = scratch.take(group * (size_ + 2)), *sum = highest + group, *answer = sum + group;
-      std::fill_n(highest, group, kLowest), std::fill_n(sum, group * (size_ + 1), 0.0f);
+      const int64_t queries = merge.count * (heads_ / key_heads_), room = queries * (size_ + 2);
+      Scratch scratch{room};
+      float *highest = scratch.take(room), *sum = highest + queries, *answer = sum + queries;
+      std::fill_n(highest, queries, kLowest), std::fill_n(sum, queries * (size_ + 1), 0.0f);
       for (int64_t part = 0; part < merge.parts; ++part) {
-        const float* other = &partial_[(merge.partial + part) * group * (size_ + 2)];
-        join(group, highest, sum, answer, other, other + group, other + 2 * group);
+        const float* other = &partial_[merge.partial * (size_ + 2) + part * room];
+        join(queries, highest, sum, answer, other, other + queries, other + 2 * queries);
       }
-      finish(merge.row, 1, merge.head, sum, answer);
+      finish(merge.row, merge.count, merge.head, sum, answer);
     });
   }
 
@@ -428,64 +461,52 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   void attend_tile(const Layer& layer, const Task& task) {
-    const int64_t group = heads_ / key_heads_, queries = task.count * group;
-    const int64_t newest = task.position + task.count - 1;
-    const int64_t oldest = layer.global ? 0 : std::max<int64_t>(0, task.position - window_ + 1);
-    Scratch scratch{queries * size_, queries * kPage, queries * (size_ + 2), queries * (size_ + 2)};
-    float *q = scratch.take(queries * size_), *scores = scratch.take(queries * kPage);
-    float *highest = scratch.take(queries * (size_ + 2)), *sum = highest + queries, *answer = sum + queries;
-    float *top = scratch.take(queries * (size_ + 2)), *part = top + queries, *read = part + queries;
+    const int64_t group = heads_ / key_heads_, queries = task.count * group, room = queries * (size_ + 2);
+    const bool narrow = pools_[layer.global].narrow;
+    Scratch scratch{queries * size_, kTogether * kPage, room, room, queries * kLanes, narrow ? page_size() : 0};
+    float *q = scratch.take(queries * size_), *scores = scratch.take(kTogether * kPage);
+    float *highest = scratch.take(room), *sum = highest + queries, *answer = sum + queries;
+    float *top = scratch.take(room), *part = top + queries, *read = part + queries;
+    float *sums = scratch.take(queries * kLanes), *wide = scratch.take(narrow ? page_size() : 0);
     for (int64_t i = 0; i < queries; ++i) {
       const float* from = &projected_[(task.row + i / group) * projected_width() + (task.head * group + i % group) * size_];
       std::copy_n(from, size_, q + i * size_);
     }
     std::fill_n(highest, queries, kLowest), std::fill_n(sum, queries * (size_ + 1), 0.0f);
+    const int64_t begin = oldest(layer.global, task.position) / kPage, end = (task.position + task.count - 1) / kPage + 1;
     for (int64_t stretch = task.first; stretch < task.last; ++stretch) {
-      std::fill_n(top, queries, kLowest), std::fill_n(part, queries * (size_ + 1), 0.0f);
-      const int64_t low = std::max(oldest / kPage, stretch * kStretch);
-      const int64_t high = std::min(newest / kPage + 1, (stretch + 1) * kStretch);
+      std::fill_n(top, queries, kLowest), std::fill_n(read, queries * size_, 0.0f);
+      std::fill_n(sums, queries * kLanes, 0.0f);
+      const int64_t low = std::max(begin, stretch * kStretch), high = std::min(end, (stretch + 1) * kStretch);
       for (int64_t block = low; block < high; ++block) {
-        const float* keys = page(layer.global, layer, task.sequence, block, task.head);
-        const int64_t seen = std::min(kPage, newest - block * kPage + 1);
-        multiply_here(queries, kPage, size_, {q, size_, 1}, keys, kPage, scores, kPage, false);
-        for (int64_t i = 0; i < queries; ++i) {
-          read_scores(layer, task.position + i / group, block * kPage, scores + i * kPage, top[i], part[i], read + i * size_);
+        const float* keys = wide;
+        if (narrow) {
+          widen(page<uint16_t>(layer, task.sequence, block, task.head), page_size(), wide);
+        } else {
+          keys = page<float>(layer, task.sequence, block, task.head);
         }
-        multiply_rows(queries, size_, seen, {scores, kPage, 1}, keys + kPage * size_, read, true);
+        for (int64_t i = 0; i < queries; i += kTogether) {
+          const int64_t here = std::min(kTogether, queries - i);
+          const int64_t position = task.position + i / group, newest = task.position + (i + here - 1) / group;
+          if (newest < block * kPage || oldest(layer.global, position) >= (block + 1) * kPage) continue;
+          multiply_here(here, kPage, size_, {q + i * size_, size_, 1}, keys, kPage, scores, kPage, false);
+          for (int64_t r = i; r < i + here; ++r) {
+            const int64_t its = task.position + r / group;
+            const Seen seen(its, oldest(layer.global, its), block * kPage);
+            soften(scores + (r - i) * kPage, seen, top[r], sums + r * kLanes, read + r * size_, size_);
+          }
+          const int64_t written = std::min(kPage, newest - block * kPage + 1);
+          multiply_rows(here, size_, written, {scores, kPage, 1}, keys + kPage * size_, read + i * size_, true);
+        }
       }
+      for (int64_t i = 0; i < queries; ++i) part[i] = std::accumulate(sums + i * kLanes, sums + (i + 1) * kLanes, 0.0f);
       join(queries, highest, sum, answer, top, part, read);
     }
     if (task.partial < 0) {
       finish(task.row, task.count, task.head, sum, answer);
     } else {
-      std::copy_n(highest, queries * (size_ + 2), &partial_[task.partial * group * (size_ + 2)]);
+      std::copy_n(highest, room, &partial_[task.partial * (size_ + 2)]);
     }
-  }
-
-  // Scores of one query over one page become e^(score - highest so far), zero where it does not see the key.
-  void read_scores(const Layer& layer, int64_t position, int64_t start, float* scores, float& top, float& sum,
-                   float* answer) const {
-    const int64_t low = layer.global ? 0 : std::max<int64_t>(0, position - window_ + 1 - start);
-    const int64_t high = std::min(kPage, position + 1 - start);
-    for (int64_t s = 0; s < kPage; ++s) {
-      if (s < low || s >= high) scores[s] = -std::numeric_limits<float>::infinity();
-    }
-    Vec most = splat(kLowest);
-    for (int64_t s = 0; s < kPage; s += kLanes) most = most < vec(scores + s) ? vec(scores + s) : most;
-    float highest = top;
-    for (int l = 0; l < kLanes; ++l) highest = std::max(highest, most[l]);
-    Vec gathered{};
-    for (int64_t s = 0; s < kPage; s += kLanes) {
-      const Vec score = vec(scores + s);
-      const Vec p = (score > -std::numeric_limits<float>::infinity()) | (score != score) ? exponential(score - highest) : Vec{};
-      vec(scores + s) = p;
-      gathered += p;
-    }
-    const float old = exponential(splat(top - highest))[0];
-    sum *= old;
-    for (int l = 0; l < kLanes; ++l) sum += gathered[l];
-    for (int64_t c = 0; c < size_; ++c) answer[c] *= old;
-    top = highest;
   }
 
   void through_experts(Team::Member& team, const Layer& layer, int64_t* counts) {
@@ -604,14 +625,12 @@ class Decoder : public torch::CustomClassHolder {
   std::vector<Layer> layers_;
   std::vector<float> frequencies_;
   int64_t vocabulary_, width_, heads_, key_heads_, size_, experts_, chosen_, window_, dense_, hidden_, shared_;
-  int64_t pool_layers_[2];
   float eps_, route_scale_, embed_scale_;
 
   // Of one step.
   int64_t rows_ = 0;
-  const int64_t *tokens_ = nullptr, *positions_ = nullptr, *table_[2] = {};
-  int64_t table_width_[2] = {};
-  float* pool_[2] = {};
+  const int64_t *tokens_ = nullptr, *positions_ = nullptr;
+  Pool pools_[2];
   std::vector<Stretch> stretches_;
   std::vector<Task> tasks_[2];
   std::vector<Merge> merges_[2];

@@ -81,6 +81,17 @@ void multiply_tile(int64_t depth, Left a, const float* b, int64_t b_row, float* 
       for (int v = 0; v < V; ++v) sum[i][v] += left * right[v];
     }
   }
+  if (columns >= V * kLanes) {  // unrolled, since sums that are counted through would leave their registers
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        Vec& to = vec(c + i * c_row + v * kLanes);
+        to = add ? to + sum[i][v] : sum[i][v];
+      }
+    }
+    return;
+  }
   for (int i = 0; i < R; ++i) {
     for (int v = 0; v < V; ++v) {
       float* to = c + i * c_row + v * kLanes;
