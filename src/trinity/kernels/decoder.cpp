@@ -17,6 +17,8 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -75,10 +77,26 @@ inline void in_huge_pages(const at::Tensor& weight) {
 #endif
 }
 
-// The rows of one sequence in this step: `count` from `row` on, at positions from `position` on.
+// The rows of one sequence in this step: `count` from `row` on, at positions from `position` on; the page of each of its
+// stretches of kPage tokens for global layers, and the same for local ones, round and round.
 struct Stretch {
   int64_t row, count, position, sequence;
+  const int64_t *pages, *ring;
+  int64_t ring_pages;
 };
+
+// A float as a whole number of the same order: those that are not finite lie outside all others. -0 is 0.
+inline int32_t ordered(float value) {
+  const int32_t bits = std::bit_cast<int32_t>(value + 0.0f);
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+// The greatest logit of a row so far and its place, as one number: greater for the earlier of equals.
+constexpr uint64_t kNoNumber = ~uint64_t{0};
+constexpr uint64_t rank_of(int32_t value, int64_t place) {
+  return uint64_t{static_cast<uint32_t>(value) ^ 1u << 31} << 32 | (0xffffffff - place);
+}
+constexpr int64_t place_of(uint64_t rank) { return rank == kNoNumber ? -1 : 0xffffffff - static_cast<int64_t>(rank & 0xffffffff); }
 
 struct Task {
   int64_t row, count, position, sequence, head;  // rows of one sequence, one key head
@@ -153,25 +171,15 @@ class Decoder : public torch::CustomClassHolder {
     pool_layers_[0] = kinds[0], pool_layers_[1] = kinds[1];
   }
 
-  // tokens, positions [M]; starts [S + 1]: the rows of sequence s are starts[s] .. starts[s + 1], at positions in order;
-  // tables [S, B]: the page of each of its stretches of kPage tokens in `paged`, global layers; rings [S, R]: the same in
-  // `local`, round and round; wanted [N]: rows whose logits go to out [N, V]. All int64 but the pools and `out`, float32.
-  // counts [sparse layers, E] int64 grow by the rows each expert was given.
-  void forward(const at::Tensor& tokens, const at::Tensor& positions, const at::Tensor& starts,
-               const at::Tensor& tables, const at::Tensor& rings, const at::Tensor& paged, const at::Tensor& local,
-               const at::Tensor& wanted, const at::Tensor& out, const at::Tensor& counts) {
-    rows_ = tokens.numel();
-    tokens_ = tokens.const_data_ptr<int64_t>(), positions_ = positions.const_data_ptr<int64_t>();
-    table_[1] = tables.const_data_ptr<int64_t>(), table_width_[1] = tables.size(1);
-    table_[0] = rings.const_data_ptr<int64_t>(), table_width_[0] = rings.size(1);
+  // step: of each sequence how many rows, the position of the first, of how many of the last ones logits are wanted, how
+  // many pages in `paged` and how many in `local` (see Stretch); then its tokens, pages and ring. `paged`, `local` and out
+  // [N, V], for the wanted rows in order, are float32. counts [sparse layers, E] int64 grow by the rows each expert was
+  // given. Returns of each wanted row the first of its greatest logits, -1 where one of them is not finite.
+  std::vector<int64_t> forward(const std::vector<int64_t>& step, const at::Tensor& paged, const at::Tensor& local,
+                               const at::Tensor& out, const at::Tensor& counts) {
+    take_in(step);
+    TORCH_CHECK(out.numel() == static_cast<int64_t>(wanted_.size()) * vocabulary_, "logits of another size");
     pool_[1] = paged.mutable_data_ptr<float>(), pool_[0] = local.mutable_data_ptr<float>();
-    const int64_t* begins = starts.const_data_ptr<int64_t>();
-    sequence_.resize(rows_);
-    stretches_.clear();
-    for (int64_t s = 0; s + 1 < starts.numel(); ++s) {
-      stretches_.push_back({begins[s], begins[s + 1] - begins[s], positions_[begins[s]], s});
-      std::fill(sequence_.begin() + begins[s], sequence_.begin() + begins[s + 1], s);
-    }
     const int members = at::get_num_threads();
     make_room();
     for (const int global : {0, 1}) plan_attention(global, members);
@@ -180,11 +188,31 @@ class Decoder : public torch::CustomClassHolder {
 #pragma omp parallel num_threads(members)
     {
       Team::Member member(team);
-      run(member, wanted, out.mutable_data_ptr<float>(), counted);
+      run(member, out.mutable_data_ptr<float>(), counted);
     }
+    std::vector<int64_t> likeliest;
+    for (const uint64_t rank : best_) likeliest.push_back(place_of(rank));
+    return likeliest;
   }
 
  private:
+  void take_in(const std::vector<int64_t>& step) {
+    tokens_.clear(), positions_.clear(), sequence_.clear(), stretches_.clear(), wanted_.clear();
+    for (const int64_t *at = step.data(), *end = at + step.size(); at < end;) {
+      const int64_t count = at[0], position = at[1], wanted = at[2], pages = at[3], ring = at[4];
+      const int64_t row = static_cast<int64_t>(tokens_.size()), sequence = static_cast<int64_t>(stretches_.size());
+      const int64_t* tokens = at + 5;
+      at = tokens + count + pages + ring;
+      TORCH_CHECK(at <= end, "a step ends early");
+      stretches_.push_back({row, count, position, sequence, tokens + count, tokens + count + pages, ring});
+      tokens_.insert(tokens_.end(), tokens, tokens + count);
+      for (int64_t i = 0; i < count; ++i) positions_.push_back(position + i), sequence_.push_back(sequence);
+      for (int64_t i = count - wanted; i < count; ++i) wanted_.push_back(row + i);
+    }
+    rows_ = static_cast<int64_t>(tokens_.size());
+    best_.assign(wanted_.size(), 0);
+  }
+
   static int64_t padded(int64_t hidden) { return (hidden + kPanel / 2 - 1) / (kPanel / 2) * (kPanel / 2); }
 
   void make_room() {
@@ -200,7 +228,7 @@ class Decoder : public torch::CustomClassHolder {
   }
   static int64_t whole_panels(int64_t outputs) { return (outputs + kPanel - 1) / kPanel * kPanel; }
 
-  void run(Team::Member& team, const at::Tensor& wanted, float* out, int64_t* counts) {
+  void run(Team::Member& team, float* out, int64_t* counts) {
     const int64_t many = 8;  // rows of a task that goes row by row
     const int64_t few = (rows_ + many - 1) / many;
     const auto by_rows = [&](const auto& work) {
@@ -236,13 +264,35 @@ class Decoder : public torch::CustomClassHolder {
         normalise(&x_[i * width_], next, width_, eps_, &normed_[i * width_]);
       });
     }
-    const int64_t *asked = wanted.const_data_ptr<int64_t>(), count = wanted.numel();
+    const int64_t count = static_cast<int64_t>(wanted_.size());
     team.share(count ? head_.panels() : 0, [&](int64_t p) {
-      panel_rows(head_, p, count, [&](int64_t i) { return &normed_[asked[i] * width_]; },
-                 [&](int64_t i, const float* y) {
-                   std::copy_n(y, std::min(kPanel, vocabulary_ - p * kPanel), out + i * vocabulary_ + p * kPanel);
+      const int64_t first = p * kPanel, here = std::min(kPanel, vocabulary_ - first);
+      panel_rows(head_, p, count, [&](int64_t i) { return &normed_[wanted_[i] * width_]; },
+                 [&](int64_t i, float* y) {
+                   std::copy_n(y, here, out + i * vocabulary_ + first);
+                   std::fill(y + here, y + kPanel, kLowest);
+                   rank(y, first, best_[i]);
                  });
     });
+  }
+
+  // Raise `best` to the rank of the greatest of 64 values.
+  static void rank(const float* y, int64_t first, uint64_t& best) {
+    int32_t greatest = ordered(y[0]), widest = 0;
+    for (int64_t i = 0; i < kPanel; ++i) {
+      greatest = std::max(greatest, ordered(y[i]));
+      widest = std::max(widest, std::bit_cast<int32_t>(y[i]) & 0x7fffffff);
+    }
+    std::atomic_ref shared(best);
+    uint64_t before = shared.load(std::memory_order_relaxed), found = kNoNumber;
+    if (widest < std::bit_cast<int32_t>(std::numeric_limits<float>::infinity())) {
+      if (rank_of(greatest, first) < before) return;
+      int64_t place = 0;
+      while (ordered(y[place]) != greatest) ++place;
+      found = rank_of(greatest, first + place);
+    }
+    while (found > before && !shared.compare_exchange_weak(before, found, std::memory_order_relaxed)) {
+    }
   }
 
   int64_t projected_width() const { return whole_panels(2 * (heads_ + key_heads_) * size_); }
@@ -301,8 +351,8 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   float* page(int global, const Layer& layer, int64_t sequence, int64_t block, int64_t head) const {
-    const int64_t wide = table_width_[global];
-    const int64_t number = table_[global][sequence * wide + (global ? block : block % wide)];
+    const Stretch& s = stretches_[sequence];
+    const int64_t number = global ? s.pages[block] : s.ring[block % s.ring_pages];
     return pool_[global] + ((number * pool_layers_[global] + layer.place) * key_heads_ + head) * 2 * kPage * size_;
   }
 
@@ -575,13 +625,12 @@ class Decoder : public torch::CustomClassHolder {
 
   // Of one step.
   int64_t rows_ = 0;
-  const int64_t *tokens_ = nullptr, *positions_ = nullptr, *table_[2] = {};
-  int64_t table_width_[2] = {};
   float* pool_[2] = {};
   std::vector<Stretch> stretches_;
   std::vector<Task> tasks_[2];
   std::vector<Merge> merges_[2];
-  std::vector<int64_t> sequence_, picked_, order_, begin_, used_;
+  std::vector<uint64_t> best_;  // of each wanted row, the rank of its greatest logit
+  std::vector<int64_t> tokens_, positions_, sequence_, wanted_, picked_, order_, begin_, used_;
   std::vector<float> x_, normed_, mixed_, projected_, attended_, active_, made_, scores_, weight_, partial_;
 };
 
