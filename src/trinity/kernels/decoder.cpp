@@ -34,6 +34,7 @@ namespace {
 constexpr int64_t kPage = 64;      // tokens; engine/pages.py knows the same number
 constexpr int64_t kStretch = 16;   // pages whose softmax is made in one go
 constexpr int64_t kQueryRows = 16;  // of a prompt that attend together
+constexpr int64_t kFewRows = 8;    // that one thread normalises sooner than several
 constexpr float kLowest = -std::numeric_limits<float>::max();
 
 struct Layer {
@@ -218,6 +219,7 @@ class Decoder : public torch::CustomClassHolder {
   void make_room() {
     const int64_t slots = rows_ * (chosen_ + 1), widest = std::max({padded(hidden_), padded(shared_), int64_t{1}});
     x_.resize(rows_ * width_), normed_.resize(rows_ * width_), mixed_.resize(rows_ * width_);
+    turns_.resize(rows_ * size_);
     projected_.resize(rows_ * projected_width());
     attended_.resize(rows_ * heads_ * size_);
     active_.resize(std::max(slots * widest, rows_ * padded(dense_)));
@@ -229,40 +231,52 @@ class Decoder : public torch::CustomClassHolder {
   static int64_t whole_panels(int64_t outputs) { return (outputs + kPanel - 1) / kPanel * kPanel; }
 
   void run(Team::Member& team, float* out, int64_t* counts) {
-    const int64_t many = 8;  // rows of a task that goes row by row
-    const int64_t few = (rows_ + many - 1) / many;
     const auto by_rows = [&](const auto& work) {
-      team.share(few, [&](int64_t task) {
-        for (int64_t i = task * many; i < std::min(rows_, (task + 1) * many); ++i) work(i);
+      team.share((rows_ + kFewRows - 1) / kFewRows, [&](int64_t task) {
+        for (int64_t i = task * kFewRows; i < std::min(rows_, (task + 1) * kFewRows); ++i) work(i);
       });
+    };
+    // Work on every row behind a phase: where rows are few by whoever ends that, else in a phase of its own.
+    const bool few = rows_ <= kFewRows;
+    const auto followed = [&](const auto& phase, const auto& work) {
+      phase([&] {
+        for (int64_t i = 0; few && i < rows_; ++i) work(i);
+      });
+      if (!few) by_rows(work);
     };
     by_rows([&](int64_t i) {
       embed(tokens_[i], &x_[i * width_]);
+      find_turn(i);
       normalise(&x_[i * width_], layers_[0].before_attention, width_, eps_, &normed_[i * width_]);
     });
     for (size_t l = 0; l < layers_.size(); ++l) {
       const Layer& layer = layers_[l];
       product(team, layer.heads, normed_.data(), width_, projected_.data(), projected_width());
-      team.share(rows_ * 2 * key_heads_, [&](int64_t task) { place(layer, task / (2 * key_heads_), task % (2 * key_heads_)); });
       attend(team, layer);
-      product(team, layer.out, attended_.data(), heads_ * size_, mixed_.data(), width_);
-      by_rows([&](int64_t i) {
-        add_normalised(&mixed_[i * width_], layer.after_attention, &x_[i * width_]);
-        normalise(&x_[i * width_], layer.before_mlp, width_, eps_, &normed_[i * width_]);
-      });
-      if (layer.sparse) {
-        through_experts(team, layer, counts);
-        counts += experts_;
-      } else {
-        gated(team, layer.gate_up, active_.data(), padded(dense_));
-        product(team, layer.down, active_.data(), padded(dense_), mixed_.data(), width_);
-      }
+      followed(
+          [&](const auto& then) {
+            product(team, layer.out, attended_.data(), heads_ * size_, mixed_.data(), width_, then);
+          },
+          [&](int64_t i) {
+            add_normalised(&mixed_[i * width_], layer.after_attention, &x_[i * width_]);
+            normalise(&x_[i * width_], layer.before_mlp, width_, eps_, &normed_[i * width_]);
+          });
       const float* next = l + 1 < layers_.size() ? layers_[l + 1].before_attention : final_norm_;
-      by_rows([&](int64_t i) {
-        if (layer.sparse) combine(i);
-        add_normalised(&mixed_[i * width_], layer.after_mlp, &x_[i * width_]);
-        normalise(&x_[i * width_], next, width_, eps_, &normed_[i * width_]);
-      });
+      followed(
+          [&](const auto& then) {
+            if (layer.sparse) {
+              through_experts(team, layer, counts, then);
+              counts += experts_;
+            } else {
+              gated(team, layer.gate_up, active_.data(), padded(dense_));
+              product(team, layer.down, active_.data(), padded(dense_), mixed_.data(), width_, then);
+            }
+          },
+          [&](int64_t i) {
+            if (layer.sparse) combine(i);
+            add_normalised(&mixed_[i * width_], layer.after_mlp, &x_[i * width_]);
+            normalise(&x_[i * width_], next, width_, eps_, &normed_[i * width_]);
+          });
     }
     const int64_t count = static_cast<int64_t>(wanted_.size());
     team.share(count ? head_.panels() : 0, [&](int64_t p) {
@@ -326,13 +340,18 @@ class Decoder : public torch::CustomClassHolder {
     }
   }
 
-  void product(Team::Member& team, const Matrix& m, const float* x, int64_t x_row, float* out, int64_t out_row) {
-    team.share(m.panels(), [&](int64_t p) {
-      panel_rows(m, p, rows_, [&](int64_t i) { return x + i * x_row; },
-                 [&](int64_t i, const float* y) {
-                   std::copy_n(y, std::min(kPanel, out_row - p * kPanel), out + i * out_row + p * kPanel);
-                 });
-    });
+  template <class Then = void (*)()>
+  void product(Team::Member& team, const Matrix& m, const float* x, int64_t x_row, float* out, int64_t out_row,
+               const Then& then = [] {}) {
+    team.share(
+        m.panels(),
+        [&](int64_t p) {
+          panel_rows(m, p, rows_, [&](int64_t i) { return x + i * x_row; },
+                     [&](int64_t i, const float* y) {
+                       std::copy_n(y, std::min(kPanel, out_row - p * kPanel), out + i * out_row + p * kPanel);
+                     });
+        },
+        then);
   }
 
   // silu(gate) * up, of a panel that holds 32 of each.
@@ -356,37 +375,34 @@ class Decoder : public torch::CustomClassHolder {
     return pool_[global] + ((number * pool_layers_[global] + layer.place) * key_heads_ + head) * 2 * kPage * size_;
   }
 
-  // Head `which` of a row: its queries' group, normalised, turned and scaled, or its key and value, put into their page.
-  void place(const Layer& layer, int64_t row, int64_t which) {
-    const int64_t group = heads_ / key_heads_, head = which % key_heads_;
-    float* from = &projected_[row * projected_width()];
-    if (which < key_heads_) {
-      const float scale = 1.0f / std::sqrt(static_cast<float>(size_));
-      for (int64_t h = head * group; h < (head + 1) * group; ++h) {
-        float* q = from + h * size_;
-        normalise(q, layer.query, size_, eps_, q);
-        if (!layer.global) rotate(q, positions_[row]);
-        for (int64_t c = 0; c < size_; ++c) q[c] *= scale;
-      }
-      return;
-    }
-    float* k = from + heads_ * size_ + head * size_;
-    const float* v = from + (heads_ + key_heads_ + head) * size_;
+  // A row's key and value of one head, normalised and turned, put into their page.
+  void place(const Layer& layer, int64_t row, int64_t head) {
+    float* k = &projected_[row * projected_width() + (heads_ + head) * size_];
+    const float* v = k + key_heads_ * size_;
     normalise(k, layer.key, size_, eps_, k);
-    if (!layer.global) rotate(k, positions_[row]);
+    if (!layer.global) turn(k, row);
     const int64_t position = positions_[row], slot = position % kPage;
     float* keys = page(layer.global, layer, sequence_[row], position / kPage, head);
     for (int64_t c = 0; c < size_; ++c) keys[c * kPage + slot] = k[c];
     std::copy_n(v, size_, keys + kPage * size_ + slot * size_);
   }
 
-  void rotate(float* x, int64_t position) const {
+  // Cosines, then sines, of what a row's heads are turned by, in all layers.
+  void find_turn(int64_t row) {
+    float* turn = &turns_[row * size_];
+    for (int64_t i = 0; i < size_ / 2; ++i) {
+      const float angle = static_cast<float>(positions_[row]) * frequencies_[i];
+      turn[i] = std::cos(angle), turn[size_ / 2 + i] = std::sin(angle);
+    }
+  }
+
+  void turn(float* x, int64_t row) const {
     const int64_t half = size_ / 2;
+    const float *cosine = &turns_[row * size_], *sine = cosine + half;
     for (int64_t i = 0; i < half; ++i) {
-      const float angle = static_cast<float>(position) * frequencies_[i];
-      const float cosine = std::cos(angle), sine = std::sin(angle), a = x[i], b = x[i + half];
-      x[i] = a * cosine - b * sine;
-      x[i + half] = b * cosine + a * sine;
+      const float a = x[i], b = x[i + half];
+      x[i] = a * cosine[i] - b * sine[i];
+      x[i + half] = b * cosine[i] + a * sine[i];
     }
   }
 
@@ -424,7 +440,11 @@ class Decoder : public torch::CustomClassHolder {
   void attend(Team::Member& team, const Layer& layer) {
     const auto &tasks = tasks_[layer.global];
     const auto &merges = merges_[layer.global];
+    if (!alone()) {  // rows of one sequence see each other
+      team.share(rows_ * key_heads_, [&](int64_t task) { place(layer, task / key_heads_, task % key_heads_); });
+    }
     team.share(tasks.size(), [&](int64_t t) { attend_tile(layer, tasks[t]); });
+    if (merges.empty()) return;
     const int64_t group = heads_ / key_heads_;
     team.share(merges.size(), [&](int64_t t) {
       const Merge& merge = merges[t];
@@ -438,6 +458,9 @@ class Decoder : public torch::CustomClassHolder {
       finish(merge.row, 1, merge.head, sum, answer);
     });
   }
+
+  // Whether every sequence has one row.
+  bool alone() const { return static_cast<int64_t>(stretches_.size()) == rows_; }
 
   // Softmaxes over two stretches of keys become one over both.
   void join(int64_t queries, float* highest, float* sum, float* answer, const float* other_highest,
@@ -459,7 +482,9 @@ class Decoder : public torch::CustomClassHolder {
       const int64_t h = head * group + i % group, r = row + i / group;
       const float* gate = &projected_[r * projected_width() + (heads_ + 2 * key_heads_ + h) * size_];
       float* to = &attended_[(r * heads_ + h) * size_];
-      for (int64_t c = 0; c < size_; ++c) to[c] = answer[i * size_ + c] / sum[i] * logistic(gate[c]);
+      int64_t c = 0;
+      for (; c + kLanes <= size_; c += kLanes) vec(to + c) = vec(answer + i * size_ + c) / sum[i] * sigmoid(vec(gate + c));
+      for (; c < size_; ++c) to[c] = answer[i * size_ + c] / sum[i] * logistic(gate[c]);
     }
   }
 
@@ -467,14 +492,18 @@ class Decoder : public torch::CustomClassHolder {
     const int64_t group = heads_ / key_heads_, queries = task.count * group;
     const int64_t newest = task.position + task.count - 1;
     const int64_t oldest = layer.global ? 0 : std::max<int64_t>(0, task.position - window_ + 1);
+    const float scale = 1.0f / std::sqrt(static_cast<float>(size_));
     Scratch scratch{queries * size_, queries * kPage, queries * (size_ + 2), queries * (size_ + 2)};
     float *q = scratch.take(queries * size_), *scores = scratch.take(queries * kPage);
     float *highest = scratch.take(queries * (size_ + 2)), *sum = highest + queries, *answer = sum + queries;
     float *top = scratch.take(queries * (size_ + 2)), *part = top + queries, *read = part + queries;
     for (int64_t i = 0; i < queries; ++i) {
       const float* from = &projected_[(task.row + i / group) * projected_width() + (task.head * group + i % group) * size_];
-      std::copy_n(from, size_, q + i * size_);
+      normalise(from, layer.query, size_, eps_, q + i * size_);
+      if (!layer.global) turn(q + i * size_, task.row + i / group);
+      for (int64_t c = 0; c < size_; ++c) q[i * size_ + c] *= scale;
     }
+    if (alone() && newest < task.last * kPage * kStretch) place(layer, task.row, task.head);
     std::fill_n(highest, queries, kLowest), std::fill_n(sum, queries * (size_ + 1), 0.0f);
     for (int64_t stretch = task.first; stretch < task.last; ++stretch) {
       std::fill_n(top, queries, kLowest), std::fill_n(part, queries * (size_ + 1), 0.0f);
@@ -524,9 +553,10 @@ class Decoder : public torch::CustomClassHolder {
     top = highest;
   }
 
-  void through_experts(Team::Member& team, const Layer& layer, int64_t* counts) {
-    product(team, layer.router, normed_.data(), width_, scores_.data(), whole_panels(experts_));
-    team.share(1, [&](int64_t) { route(layer, counts); });
+  template <class Then>
+  void through_experts(Team::Member& team, const Layer& layer, int64_t* counts, const Then& then) {
+    product(team, layer.router, normed_.data(), width_, scores_.data(), whole_panels(experts_),
+            [&] { route(layer, counts); });
     const int64_t wide = std::max(padded(hidden_), padded(shared_)), slots = rows_ * chosen_;
     const int64_t panels = layer.gate_up.panels(), shared_panels = shared_ ? layer.shared_gate_up.panels() : 0;
     team.share_some([&] { return used_.size() * panels + shared_panels; }, [&](int64_t task) {
@@ -542,7 +572,7 @@ class Decoder : public torch::CustomClassHolder {
       panel_rows(layer.gate_up.of(e), p, begin_[e + 1] - begin,
                  [&](int64_t i) { return &normed_[order_[begin + i] / chosen_ * width_]; },
                  [&](int64_t i, const float* y) { activate(y, &active_[(begin + i) * wide + p * kPanel / 2]); });
-    });
+    }, [] {});
     const int64_t downs = layer.down.panels();
     team.share_some([&] { return (used_.size() + (shared_ > 0)) * downs; }, [&](int64_t task) {
       const int64_t used = static_cast<int64_t>(used_.size());
@@ -555,7 +585,7 @@ class Decoder : public torch::CustomClassHolder {
       const int64_t e = used_[task / downs], begin = begin_[e];
       panel_rows(layer.down.of(e), p, begin_[e + 1] - begin, [&](int64_t i) { return &active_[(begin + i) * wide]; },
                  [&](int64_t i, const float* y) { std::copy_n(y, columns, &made_[order_[begin + i] * width_ + p * kPanel]); });
-    });
+    }, then);
   }
 
   // The chosen experts of every row, their weights, and the slots of each expert (slot = row K + choice).
@@ -631,7 +661,7 @@ class Decoder : public torch::CustomClassHolder {
   std::vector<Merge> merges_[2];
   std::vector<uint64_t> best_;  // of each wanted row, the rank of its greatest logit
   std::vector<int64_t> tokens_, positions_, sequence_, wanted_, picked_, order_, begin_, used_;
-  std::vector<float> x_, normed_, mixed_, projected_, attended_, active_, made_, scores_, weight_, partial_;
+  std::vector<float> x_, turns_, normed_, mixed_, projected_, attended_, active_, made_, scores_, weight_, partial_;
 };
 
 }  // namespace trinity
