@@ -12,7 +12,7 @@ from torch import Tensor
 from trinity.ckpt.weights import HeldWeights
 from trinity.config.model import ModelConfig
 from trinity.engine.pages import PAGE, KvDtype, Pools, kv_bytes_per_token, pages_for
-from trinity.engine.runner import CompiledRunner, PlainRunner, Rows, Runner
+from trinity.engine.runner import CompiledRunner, Output, PlainRunner, Rows, Runner, likeliest_of
 from trinity.engine.weights import Kind, decoder_weights, interleaved, packed, packed_plainly, unpacked
 from trinity.kernels.compiled import is_loaded
 from trinity.model.experts import MixtureOfExperts
@@ -93,6 +93,40 @@ def test_the_compiled_decoder_computes_what_the_model_does(model):
     found = read(runner, tokens, [STEP])
     torch.testing.assert_close(found, read(plain, tokens, [STEP]), rtol=1e-3, atol=1e-4)
     assert torch.equal(runner.expert_rows, plain.expert_rows)
+
+
+@needs_kernels
+@torch.inference_mode()
+def test_the_likeliest_token_is_found_with_the_logits(model):
+    tokens = a_text(model.config, 90)
+    changed = a_model(model.config)
+    # The head as it is; every token five times or more; all alike, so that whole rows lie below zero.
+    head = changed.lm_head.weight.clone()
+    for rows in (range(len(head)), [i % 90 for i in range(len(head))], [0] * len(head)):
+        changed.lm_head.weight.copy_(head[rows])
+        logits, likeliest = output_of(changed, tokens)
+        assert likeliest == logits.argmax(-1).tolist() == likeliest_of(logits)
+    assert (logits < 0).all(-1).any() and not any(likeliest)
+
+
+@needs_kernels
+@pytest.mark.parametrize("token", [0, 70, -1])
+@torch.inference_mode()
+def test_no_token_is_likeliest_where_a_logit_is_no_number(model, token: int):
+    changed = a_model(model.config)
+    changed.lm_head.weight[token] = 3e38
+    logits, likeliest = output_of(changed, a_text(model.config, 9))
+    assert logits[:, token].isinf().all() and likeliest == likeliest_of(logits) == [-1] * 9
+    changed.lm_head.weight[token] = 1.0
+    changed.embed_tokens.weight[5] = torch.nan
+    logits, likeliest = output_of(changed, [5])
+    assert logits.isnan().all() and likeliest == likeliest_of(logits) == [-1]
+
+
+def output_of(model: Transformer, tokens: list[int]) -> Output:
+    pools, [(pages, ring)] = pools_for(model.config, 1, len(tokens))
+    runner = compiled(model)
+    return runner.read([Rows(tokens, 0, pages, ring, len(tokens))], pools)
 
 
 @needs_kernels

@@ -18,7 +18,7 @@ from trinity.engine.limits import EngineLimits, pools_for
 from trinity.engine.pages import kv_bytes_per_token
 from trinity.engine.prefix import PrefixCache
 from trinity.engine.request import FinishReason, Piece, Request, TokenLogprob
-from trinity.engine.runner import Rows, Runner
+from trinity.engine.runner import Output, Rows, Runner
 from trinity.engine.sampler import choose, logprobs_of
 from trinity.engine.scheduler import Part, Scheduler
 from trinity.engine.sequence import Sequence
@@ -103,15 +103,14 @@ class Engine:
             return []
         wanted = [self._wanted(part) for part in parts]
         rows = [_rows(part, number) for part, number in zip(parts, wanted, strict=True)]
-        logits = self.runner.forward(rows, self.pools)
-        sound = finite_rows(logits)
+        output = self.runner.read(rows, self.pools)
         pieces, end = [], 0
         for part, count in zip(parts, wanted, strict=True):
-            mine, end = slice(end, end + count), end + count
+            start, end = end, end + count
             sequence = part.sequence
             sequence.read += part.length
             try:
-                piece = self._advance(part, logits[mine], all(sound[mine]))
+                piece = self._advance(part, output, start, end)
             except RequestError as error:
                 piece = Piece(request_id=sequence.id, finish_reason="error", error=error)
             ended = piece is not None and piece.finish_reason is not None
@@ -130,24 +129,23 @@ class Engine:
         last = part.length == part.sequence.unread and part.sequence.most_tokens > 0
         return 1 + len(part.draft) if last else 0
 
-    def _advance(self, part: Part, logits: Tensor, finite: bool) -> Piece | None:
-        """Make of a part's logits [wanted, V] what they are wanted for; a piece once the prompt is read."""
-        if not finite:
+    def _advance(self, part: Part, output: Output, start: int, end: int) -> Piece | None:
+        """Make of a part's rows of the output what they are wanted for; a piece once the prompt is read."""
+        if -1 in output.likeliest[start:end]:
             raise RequestError(
                 "The model's output for this text is not finite.",
                 "Its weights are damaged or overflow in this precision: verify the model, or load it in float32.",
             )
         sequence = part.sequence
         if sequence.scores:
-            self._score_prompt(sequence, logits, sequence.read - part.length)
+            self._score_prompt(sequence, output.logits[start:end], sequence.read - part.length)
         if sequence.unread:
             return None
         if sequence.most_tokens == 0:
             return sequence.piece(finish_reason="length")
         text, tokens, entries, reason = "", [], [], None
-        rows = logits[-1 - len(part.draft) :]
-        for row, drafted in zip(rows, [*part.draft, None], strict=True):
-            added, token, entry, reason = self._draw(sequence, row)
+        for row, drafted in enumerate([*part.draft, None], end - 1 - len(part.draft)):
+            added, token, entry, reason = self._draw(sequence, output, row)
             text += added
             tokens += [] if token is None else [token]
             entries += entry
@@ -159,14 +157,17 @@ class Engine:
         return sequence.piece(text, tuple(tokens), tuple(entries), reason)
 
     def _draw(
-        self, sequence: Sequence, logits: Tensor
+        self, sequence: Sequence, output: Output, row: int
     ) -> tuple[str, int | None, list[TokenLogprob], FinishReason | None]:
-        """Draw the next token from logits [V] and add it to the answer, or end the answer."""
+        """Draw the next token from a row of the output and add it to the answer, or end the answer."""
         sampling = sequence.sampling
-        row = logits  # the model's own stay as they are, for the log-probabilities
-        if sequence.matcher is not None:
-            sequence.matcher.mask(row := logits.clone())
-        token = choose(row, sampling, sequence.prompt, sequence.answer, sequence.draw)
+        if sequence.plain:
+            token = output.likeliest[row]
+        else:
+            logits = output.logits[row]  # they stay as they are, for the log-probabilities
+            if sequence.matcher is not None:
+                sequence.matcher.mask(logits := logits.clone())
+            token = choose(logits, sampling, sequence.prompt, sequence.answer, sequence.draw)
         if token in self.end_ids or token in sampling.stop_token_ids:
             return sequence.last_text(), None, [], "stop"
         sequence.answer.append(token)
@@ -174,7 +175,7 @@ class Engine:
             sequence.matcher.accept(token)
         entries = []
         if sampling.logprobs is not None:
-            entries = logprobs_of(logits[None], torch.tensor([token]), sampling.logprobs)
+            entries = logprobs_of(output.logits[row, None], torch.tensor([token]), sampling.logprobs)
         text = sequence.stops.push(sequence.decoder.push(token))
         if sequence.stops.found:
             return text, token, entries, "stop"
@@ -192,14 +193,6 @@ class Engine:
             rows = logits[first : first + len(targets)]
             sequence.prompt_logprobs += logprobs_of(rows, torch.tensor(targets), sequence.sampling.prompt_logprobs or 0)
             sequence.scored += len(targets)
-
-
-def finite_rows(logits: Tensor) -> list[bool]:
-    """Of each row of logits [N, V], whether all are numbers."""
-    if not len(logits):
-        return []
-    low, high = logits.aminmax(dim=-1)  # a nan makes both nan
-    return ((low > -torch.inf) & (high < torch.inf)).tolist()
 
 
 def _rows(part: Part, wanted: int) -> Rows:

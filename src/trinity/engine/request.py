@@ -67,6 +67,12 @@ class SamplingParams:
         if any(not text for text in self.stop):
             raise RequestError("A stop string is empty.", "An empty text stands everywhere; leave it out.")
 
+    @property
+    def plain(self) -> bool:
+        """Whether the next token is the likeliest by the model's own logits."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return self.temperature == 0 and not penalties and not self.logit_bias
+
 
 def constraint_of(
     json_schema: dict[str, Any] | str | None = None,

@@ -39,14 +39,23 @@ class ExpertReads(NamedTuple):
     stalled_seconds: float  # in which some thread waited for a read
 
 
+class Output(NamedTuple):
+    """What a step made for the wanted rows, in order."""
+
+    logits: Tensor  # [N, V] float32 on the CPU
+    likeliest: list[int]  # the first of each row's greatest logits; -1 where one of them is not finite
+
+
 class Runner(Protocol):
     config: ModelConfig
     device: torch.device
     weight_bytes: int  # always in memory
     expert_rows: Tensor  # [sparse layers, E] int64, rows that each expert was given so far
 
+    def read(self, rows: list[Rows], pools: Pools) -> Output: ...
+
     def forward(self, rows: list[Rows], pools: Pools) -> Tensor:
-        """Logits of the wanted rows, in order: [N, V] float32 on the CPU."""
+        """The logits alone."""
         ...
 
     def expert_reads(self) -> ExpertReads | None:
@@ -66,23 +75,21 @@ class CompiledRunner:
         self._decoder, self._cache = weights.decoder(), weights.cache
 
     def forward(self, rows: list[Rows], pools: Pools) -> Tensor:
-        tokens, positions, starts, wanted = [], [], [0], []
+        return self.read(rows, pools).logits
+
+    def read(self, rows: list[Rows], pools: Pools) -> Output:
+        step, wanted = [], 0
         for one in rows:
-            tokens += one.tokens
-            positions += range(one.position, one.position + len(one.tokens))
-            starts.append(len(tokens))
-            wanted += range(len(tokens) - one.wanted, len(tokens))
-        widest = max(len(one.pages) for one in rows)
-        tables = torch.tensor([one.pages + [0] * (widest - len(one.pages)) for one in rows])
-        logits = torch.empty(len(wanted), self.config.vocab_size)
-        self._decoder.forward(
-            torch.tensor(tokens), torch.tensor(positions), torch.tensor(starts), tables,
-            torch.tensor([one.ring for one in rows]), pools.paged.values, pools.local.values,
-            torch.tensor(wanted, dtype=torch.int64), logits, self.expert_rows,
-        )  # fmt: skip
+            step += (len(one.tokens), one.position, one.wanted, len(one.pages), len(one.ring))
+            step += one.tokens
+            step += one.pages
+            step += one.ring
+            wanted += one.wanted
+        logits = torch.empty(wanted, self.config.vocab_size)
+        likeliest = self._decoder.forward(step, pools.paged.values, pools.local.values, logits, self.expert_rows)
         if self._cache is not None and (wrong := self._cache.failure()):
             raise CheckpointError(f"{wrong}.", "Restore the file, and start again.")
-        return logits
+        return Output(logits, likeliest)
 
     def expert_reads(self) -> ExpertReads | None:
         if self._cache is None:
@@ -100,6 +107,10 @@ class PlainRunner:
         self.device = model.embed_tokens.weight.device
         self.weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         self.expert_rows = torch.zeros(self.config.num_sparse_layers, self.config.num_experts, dtype=torch.int64)
+
+    def read(self, rows: list[Rows], pools: Pools) -> Output:
+        logits = self.forward(rows, pools)
+        return Output(logits, likeliest_of(logits))
 
     def forward(self, rows: list[Rows], pools: Pools) -> Tensor:
         return torch.cat([self._one(one, pools) for one in rows])
@@ -149,6 +160,12 @@ class PagedPast:
             mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
             self._masks[window] = additive(mask, q.dtype)
         return scaled_dot_product(q, keys, values, mask=self._masks[window])
+
+
+def likeliest_of(logits: Tensor) -> list[int]:
+    """Of each row of logits [N, V] the first of the greatest, -1 where not all are finite."""
+    finite = (logits * 0 == 0).all(dim=-1)
+    return torch.where(finite, logits.argmax(dim=-1), -1).tolist()
 
 
 def runner_for(model: Transformer, kind: Kind | None = None) -> Runner:

@@ -36,6 +36,7 @@ class Sequence:
         self.decoder = StreamDecoder(tokenizer)
         self.stops = StopFinder(request.sampling.stop)
         self.matcher = matcher
+        self.plain = matcher is None and request.sampling.plain
         self.drafts = Drafts()
         self.prompt_logprobs: list[TokenLogprob] = []
         self.scored = 1  # tokens of the prompt whose log-probability is known, the first having none

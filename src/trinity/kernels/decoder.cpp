@@ -17,6 +17,8 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -32,9 +34,9 @@ namespace trinity {
 
 namespace {
 
-constexpr int64_t kStretch = 16;  // pages whose softmax is made in one go
+constexpr int64_t kStretch = 16;   // pages whose softmax is made in one go
 constexpr int64_t kQueries = 192;  // that go through pages together where a prompt is read: a page is fetched for all
-constexpr int64_t kFewRows = 8;    // of a prompt, with which threads would rather be idle than share a page's fetch
+constexpr int64_t kFewRows = 8;    // that one thread normalises sooner than several, and that share no page's fetch
 
 struct Layer {
   bool global = false, sparse = false;
@@ -79,18 +81,33 @@ inline void in_huge_pages(const at::Tensor& weight) {
 #endif
 }
 
-// Keys and values of one kind of layer: pages, which of them each sequence has, and how many layers a page is of.
+// Keys and values of one kind of layer: pages, and how many layers a page is of.
 struct Pool {
   char* at = nullptr;
   bool narrow = false;  // bfloat16
-  int64_t layers = 0, table_width = 0;
-  const int64_t* table = nullptr;
+  int64_t layers = 0;
 };
 
-// The rows of one sequence in this step: `count` from `row` on, at positions from `position` on.
+// The rows of one sequence in this step: `count` from `row` on, at positions from `position` on; the page of each of its
+// stretches of kPage tokens for global layers, and the same for local ones, round and round.
 struct Stretch {
   int64_t row, count, position, sequence;
+  const int64_t *pages, *ring;
+  int64_t ring_pages;
 };
+
+// A float as a whole number of the same order: those that are not finite lie outside all others. -0 is 0.
+inline int32_t ordered(float value) {
+  const int32_t bits = std::bit_cast<int32_t>(value + 0.0f);
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+// The greatest logit of a row so far and its place, as one number: greater for the earlier of equals.
+constexpr uint64_t kNoNumber = ~uint64_t{0};
+constexpr uint64_t rank_of(int32_t value, int64_t place) {
+  return uint64_t{static_cast<uint32_t>(value) ^ 1u << 31} << 32 | (0xffffffff - place);
+}
+constexpr int64_t place_of(uint64_t rank) { return rank == kNoNumber ? -1 : 0xffffffff - static_cast<int64_t>(rank & 0xffffffff); }
 
 struct Task {
   int64_t row, count, position, sequence, head;  // rows of one sequence, one key head
@@ -169,24 +186,15 @@ class Decoder : public torch::CustomClassHolder {
     for (const int global : {0, 1}) pools_[global].layers = kinds[global];
   }
 
-  // tokens, positions [M]; starts [S + 1]: the rows of sequence s are starts[s] .. starts[s + 1], at positions in order;
-  // tables [S, B]: the page of each of its stretches of kPage tokens in `paged`, global layers; rings [S, R]: the same in
-  // `local`, round and round; wanted [N]: rows whose logits go to out [N, V]. All int64 but `out`, float32, and the pools,
-  // float32 or bfloat16.
-  // counts [sparse layers, E] int64 grow by the rows each expert was given.
-  void forward(const at::Tensor& tokens, const at::Tensor& positions, const at::Tensor& starts,
-               const at::Tensor& tables, const at::Tensor& rings, const at::Tensor& paged, const at::Tensor& local,
-               const at::Tensor& wanted, const at::Tensor& out, const at::Tensor& counts) {
-    rows_ = tokens.numel();
-    tokens_ = tokens.const_data_ptr<int64_t>(), positions_ = positions.const_data_ptr<int64_t>();
-    take_pool(pools_[1], paged, tables), take_pool(pools_[0], local, rings);
-    const int64_t* begins = starts.const_data_ptr<int64_t>();
-    sequence_.resize(rows_);
-    stretches_.clear();
-    for (int64_t s = 0; s + 1 < starts.numel(); ++s) {
-      stretches_.push_back({begins[s], begins[s + 1] - begins[s], positions_[begins[s]], s});
-      std::fill(sequence_.begin() + begins[s], sequence_.begin() + begins[s + 1], s);
-    }
+  // step: of each sequence how many rows, the position of the first, of how many of the last ones logits are wanted, how
+  // many pages in `paged` and how many in `local` (see Stretch); then its tokens, pages and ring. `paged` and `local` are
+  // float32 or bfloat16; out [N, V], for the wanted rows in order, is float32. counts [sparse layers, E] int64 grow by the
+  // rows each expert was given. Returns of each wanted row the first of its greatest logits, -1 where one is not finite.
+  std::vector<int64_t> forward(const std::vector<int64_t>& step, const at::Tensor& paged, const at::Tensor& local,
+                               const at::Tensor& out, const at::Tensor& counts) {
+    take_in(step);
+    TORCH_CHECK(out.numel() == static_cast<int64_t>(wanted_.size()) * vocabulary_, "logits of another size");
+    take_pool(pools_[1], paged), take_pool(pools_[0], local);
     const int members = at::get_num_threads();
     make_room();
     for (const int global : {0, 1}) plan_attention(global, members);
@@ -195,8 +203,11 @@ class Decoder : public torch::CustomClassHolder {
 #pragma omp parallel num_threads(members)
     {
       Team::Member member(team);
-      run(member, wanted, out.mutable_data_ptr<float>(), counted);
+      run(member, out.mutable_data_ptr<float>(), counted);
     }
+    std::vector<int64_t> likeliest;
+    for (const uint64_t rank : best_) likeliest.push_back(place_of(rank));
+    return likeliest;
   }
 
  private:
@@ -207,17 +218,34 @@ class Decoder : public torch::CustomClassHolder {
     return cache_ ? cache_->wait(layer.sparse_place, e) : layer.experts + e * record_of(layer);
   }
 
+  void take_in(const std::vector<int64_t>& step) {
+    tokens_.clear(), positions_.clear(), sequence_.clear(), stretches_.clear(), wanted_.clear();
+    for (const int64_t *at = step.data(), *end = at + step.size(); at < end;) {
+      const int64_t count = at[0], position = at[1], wanted = at[2], pages = at[3], ring = at[4];
+      const int64_t row = static_cast<int64_t>(tokens_.size()), sequence = static_cast<int64_t>(stretches_.size());
+      const int64_t* tokens = at + 5;
+      at = tokens + count + pages + ring;
+      TORCH_CHECK(at <= end, "a step ends early");
+      stretches_.push_back({row, count, position, sequence, tokens + count, tokens + count + pages, ring});
+      tokens_.insert(tokens_.end(), tokens, tokens + count);
+      for (int64_t i = 0; i < count; ++i) positions_.push_back(position + i), sequence_.push_back(sequence);
+      for (int64_t i = count - wanted; i < count; ++i) wanted_.push_back(row + i);
+    }
+    rows_ = static_cast<int64_t>(tokens_.size());
+    best_.assign(wanted_.size(), 0);
+  }
+
   static int64_t padded(int64_t hidden) { return (hidden + kPanel / 2 - 1) / (kPanel / 2) * (kPanel / 2); }
 
-  static void take_pool(Pool& pool, const at::Tensor& values, const at::Tensor& table) {
+  static void take_pool(Pool& pool, const at::Tensor& values) {
     TORCH_CHECK(values.scalar_type() == at::kFloat || values.scalar_type() == at::kBFloat16, "pages of another kind");
     pool.at = static_cast<char*>(values.mutable_data_ptr()), pool.narrow = values.scalar_type() == at::kBFloat16;
-    pool.table = table.const_data_ptr<int64_t>(), pool.table_width = table.size(1);
   }
 
   void make_room() {
     const int64_t slots = rows_ * (chosen_ + 1), widest = std::max({padded(hidden_), padded(shared_), int64_t{1}});
     x_.resize(rows_ * width_), normed_.resize(rows_ * width_), mixed_.resize(rows_ * width_);
+    turns_.resize(rows_ * size_);
     projected_.resize(rows_ * projected_width());
     attended_.resize(rows_ * heads_ * size_);
     active_.resize(std::max(slots * widest, rows_ * padded(dense_)));
@@ -228,49 +256,83 @@ class Decoder : public torch::CustomClassHolder {
   }
   static int64_t whole_panels(int64_t outputs) { return (outputs + kPanel - 1) / kPanel * kPanel; }
 
-  void run(Team::Member& team, const at::Tensor& wanted, float* out, int64_t* counts) {
-    const int64_t many = 8;  // rows of a task that goes row by row
-    const int64_t few = (rows_ + many - 1) / many;
+  void run(Team::Member& team, float* out, int64_t* counts) {
     const auto by_rows = [&](const auto& work) {
-      team.share(few, [&](int64_t task) {
-        for (int64_t i = task * many; i < std::min(rows_, (task + 1) * many); ++i) work(i);
+      team.share((rows_ + kFewRows - 1) / kFewRows, [&](int64_t task) {
+        for (int64_t i = task * kFewRows; i < std::min(rows_, (task + 1) * kFewRows); ++i) work(i);
       });
+    };
+    // Work on every row behind a phase: where rows are few by whoever ends that, else in a phase of its own.
+    const bool few = rows_ <= kFewRows;
+    const auto followed = [&](const auto& phase, const auto& work) {
+      phase([&] {
+        for (int64_t i = 0; few && i < rows_; ++i) work(i);
+      });
+      if (!few) by_rows(work);
     };
     by_rows([&](int64_t i) {
       embed(tokens_[i], &x_[i * width_]);
+      find_turn(i);
       normalise(&x_[i * width_], layers_[0].before_attention, width_, eps_, &normed_[i * width_]);
     });
     for (size_t l = 0; l < layers_.size(); ++l) {
       const Layer& layer = layers_[l];
       product(team, layer.heads, normed_.data(), width_, projected_.data(), projected_width());
-      team.share(rows_ * 2 * key_heads_, [&](int64_t task) { place(layer, task / (2 * key_heads_), task % (2 * key_heads_)); });
       attend(team, layer);
-      product(team, layer.out, attended_.data(), heads_ * size_, mixed_.data(), width_);
-      by_rows([&](int64_t i) {
-        add_normalised(&mixed_[i * width_], layer.after_attention, &x_[i * width_]);
-        normalise(&x_[i * width_], layer.before_mlp, width_, eps_, &normed_[i * width_]);
-      });
-      if (layer.sparse) {
-        through_experts(team, layer, counts);
-        counts += experts_;
-      } else {
-        gated(team, layer.gate_up, active_.data(), padded(dense_));
-        product(team, layer.down, active_.data(), padded(dense_), mixed_.data(), width_);
-      }
+      followed(
+          [&](const auto& then) {
+            product(team, layer.out, attended_.data(), heads_ * size_, mixed_.data(), width_, then);
+          },
+          [&](int64_t i) {
+            add_normalised(&mixed_[i * width_], layer.after_attention, &x_[i * width_]);
+            normalise(&x_[i * width_], layer.before_mlp, width_, eps_, &normed_[i * width_]);
+          });
       const float* next = l + 1 < layers_.size() ? layers_[l + 1].before_attention : final_norm_;
-      by_rows([&](int64_t i) {
-        if (layer.sparse) combine(i);
-        add_normalised(&mixed_[i * width_], layer.after_mlp, &x_[i * width_]);
-        normalise(&x_[i * width_], next, width_, eps_, &normed_[i * width_]);
-      });
+      followed(
+          [&](const auto& then) {
+            if (layer.sparse) {
+              through_experts(team, layer, counts, then);
+              counts += experts_;
+            } else {
+              gated(team, layer.gate_up, active_.data(), padded(dense_));
+              product(team, layer.down, active_.data(), padded(dense_), mixed_.data(), width_, then);
+            }
+          },
+          [&](int64_t i) {
+            if (layer.sparse) combine(i);
+            add_normalised(&mixed_[i * width_], layer.after_mlp, &x_[i * width_]);
+            normalise(&x_[i * width_], next, width_, eps_, &normed_[i * width_]);
+          });
     }
-    const int64_t *asked = wanted.const_data_ptr<int64_t>(), count = wanted.numel();
+    const int64_t count = static_cast<int64_t>(wanted_.size());
     team.share(count ? head_.panels() : 0, [&](int64_t p) {
-      panel_rows(head_, p, count, [&](int64_t i) { return &normed_[asked[i] * width_]; },
-                 [&](int64_t i, const float* y) {
-                   std::copy_n(y, std::min(kPanel, vocabulary_ - p * kPanel), out + i * vocabulary_ + p * kPanel);
+      const int64_t first = p * kPanel, here = std::min(kPanel, vocabulary_ - first);
+      panel_rows(head_, p, count, [&](int64_t i) { return &normed_[wanted_[i] * width_]; },
+                 [&](int64_t i, float* y) {
+                   std::copy_n(y, here, out + i * vocabulary_ + first);
+                   std::fill(y + here, y + kPanel, kLowest);
+                   rank(y, first, best_[i]);
                  });
     });
+  }
+
+  // Raise `best` to the rank of the greatest of 64 values.
+  static void rank(const float* y, int64_t first, uint64_t& best) {
+    int32_t greatest = ordered(y[0]), widest = 0;
+    for (int64_t i = 0; i < kPanel; ++i) {
+      greatest = std::max(greatest, ordered(y[i]));
+      widest = std::max(widest, std::bit_cast<int32_t>(y[i]) & 0x7fffffff);
+    }
+    std::atomic_ref shared(best);
+    uint64_t before = shared.load(std::memory_order_relaxed), found = kNoNumber;
+    if (widest < std::bit_cast<int32_t>(std::numeric_limits<float>::infinity())) {
+      if (rank_of(greatest, first) < before) return;
+      int64_t place = 0;
+      while (ordered(y[place]) != greatest) ++place;
+      found = rank_of(greatest, first + place);
+    }
+    while (found > before && !shared.compare_exchange_weak(before, found, std::memory_order_relaxed)) {
+    }
   }
 
   int64_t projected_width() const { return whole_panels(2 * (heads_ + key_heads_) * size_); }
@@ -304,13 +366,18 @@ class Decoder : public torch::CustomClassHolder {
     }
   }
 
-  void product(Team::Member& team, const Matrix& m, const float* x, int64_t x_row, float* out, int64_t out_row) {
-    team.share(m.panels(), [&](int64_t p) {
-      panel_rows(m, p, rows_, [&](int64_t i) { return x + i * x_row; },
-                 [&](int64_t i, const float* y) {
-                   std::copy_n(y, std::min(kPanel, out_row - p * kPanel), out + i * out_row + p * kPanel);
-                 });
-    });
+  template <class Then = void (*)()>
+  void product(Team::Member& team, const Matrix& m, const float* x, int64_t x_row, float* out, int64_t out_row,
+               const Then& then = [] {}) {
+    team.share(
+        m.panels(),
+        [&](int64_t p) {
+          panel_rows(m, p, rows_, [&](int64_t i) { return x + i * x_row; },
+                     [&](int64_t i, const float* y) {
+                       std::copy_n(y, std::min(kPanel, out_row - p * kPanel), out + i * out_row + p * kPanel);
+                     });
+        },
+        then);
   }
 
   // silu(gate) * up, of a panel that holds 32 of each.
@@ -332,29 +399,18 @@ class Decoder : public torch::CustomClassHolder {
   template <class Value>
   Value* page(const Layer& layer, int64_t sequence, int64_t block, int64_t head) const {
     const Pool& pool = pools_[layer.global];
-    const int64_t number = pool.table[sequence * pool.table_width + (layer.global ? block : block % pool.table_width)];
+    const Stretch& s = stretches_[sequence];
+    const int64_t number = layer.global ? s.pages[block] : s.ring[block % s.ring_pages];
     return reinterpret_cast<Value*>(pool.at) + ((number * pool.layers + layer.place) * key_heads_ + head) * page_size();
   }
   int64_t page_size() const { return 2 * kPage * size_; }
 
-  // Head `which` of a row: its queries' group, normalised, turned and scaled, or its key and value, put into their page.
-  void place(const Layer& layer, int64_t row, int64_t which) {
-    const int64_t group = heads_ / key_heads_, head = which % key_heads_;
-    float* from = &projected_[row * projected_width()];
-    if (which < key_heads_) {
-      const float scale = 1.0f / std::sqrt(static_cast<float>(size_));
-      for (int64_t h = head * group; h < (head + 1) * group; ++h) {
-        float* q = from + h * size_;
-        normalise(q, layer.query, size_, eps_, q);
-        if (!layer.global) rotate(q, positions_[row]);
-        for (int64_t c = 0; c < size_; ++c) q[c] *= scale;
-      }
-      return;
-    }
-    float* k = from + heads_ * size_ + head * size_;
-    const float* v = from + (heads_ + key_heads_ + head) * size_;
+  // A row's key and value of one head, normalised and turned, put into their page.
+  void place(const Layer& layer, int64_t row, int64_t head) {
+    float* k = &projected_[row * projected_width() + (heads_ + head) * size_];
+    const float* v = k + key_heads_ * size_;
     normalise(k, layer.key, size_, eps_, k);
-    if (!layer.global) rotate(k, positions_[row]);
+    if (!layer.global) turn(k, row);
     const int64_t slot = positions_[row] % kPage, block = positions_[row] / kPage;
     const auto put = [&](auto* keys, const auto& rounded) {
       auto* values = keys + (kPage + slot) * size_;
@@ -367,13 +423,22 @@ class Decoder : public torch::CustomClassHolder {
     }
   }
 
-  void rotate(float* x, int64_t position) const {
+  // Cosines, then sines, of what a row's heads are turned by, in all layers.
+  void find_turn(int64_t row) {
+    float* turn = &turns_[row * size_];
+    for (int64_t i = 0; i < size_ / 2; ++i) {
+      const float angle = static_cast<float>(positions_[row]) * frequencies_[i];
+      turn[i] = std::cos(angle), turn[size_ / 2 + i] = std::sin(angle);
+    }
+  }
+
+  void turn(float* x, int64_t row) const {
     const int64_t half = size_ / 2;
+    const float *cosine = &turns_[row * size_], *sine = cosine + half;
     for (int64_t i = 0; i < half; ++i) {
-      const float angle = static_cast<float>(position) * frequencies_[i];
-      const float cosine = std::cos(angle), sine = std::sin(angle), a = x[i], b = x[i + half];
-      x[i] = a * cosine - b * sine;
-      x[i + half] = b * cosine + a * sine;
+      const float a = x[i], b = x[i + half];
+      x[i] = a * cosine[i] - b * sine[i];
+      x[i + half] = b * cosine[i] + a * sine[i];
     }
   }
 
@@ -421,7 +486,11 @@ class Decoder : public torch::CustomClassHolder {
   void attend(Team::Member& team, const Layer& layer) {
     const auto &tasks = tasks_[layer.global];
     const auto &merges = merges_[layer.global];
+    if (!alone()) {  // rows of one sequence see each other
+      team.share(rows_ * key_heads_, [&](int64_t task) { place(layer, task / key_heads_, task % key_heads_); });
+    }
     team.share(tasks.size(), [&](int64_t t) { attend_tile(layer, tasks[t]); });
+    if (merges.empty()) return;
     team.share(merges.size(), [&](int64_t t) {
       const Merge& merge = merges[t];
       const int64_t queries = merge.count * (heads_ / key_heads_), room = queries * (size_ + 2);
@@ -435,6 +504,9 @@ class Decoder : public torch::CustomClassHolder {
       finish(merge.row, merge.count, merge.head, sum, answer);
     });
   }
+
+  // Whether every sequence has one row.
+  bool alone() const { return static_cast<int64_t>(stretches_.size()) == rows_; }
 
   // Softmaxes over two stretches of keys become one over both.
   void join(int64_t queries, float* highest, float* sum, float* answer, const float* other_highest,
@@ -456,13 +528,16 @@ class Decoder : public torch::CustomClassHolder {
       const int64_t h = head * group + i % group, r = row + i / group;
       const float* gate = &projected_[r * projected_width() + (heads_ + 2 * key_heads_ + h) * size_];
       float* to = &attended_[(r * heads_ + h) * size_];
-      for (int64_t c = 0; c < size_; ++c) to[c] = answer[i * size_ + c] / sum[i] * logistic(gate[c]);
+      int64_t c = 0;
+      for (; c + kLanes <= size_; c += kLanes) vec(to + c) = vec(answer + i * size_ + c) / sum[i] * sigmoid(vec(gate + c));
+      for (; c < size_; ++c) to[c] = answer[i * size_ + c] / sum[i] * logistic(gate[c]);
     }
   }
 
   void attend_tile(const Layer& layer, const Task& task) {
     const int64_t group = heads_ / key_heads_, queries = task.count * group, room = queries * (size_ + 2);
     const bool narrow = pools_[layer.global].narrow;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(size_));
     Scratch scratch{queries * size_, kTogether * kPage, room, room, queries * kLanes, narrow ? page_size() : 0};
     float *q = scratch.take(queries * size_), *scores = scratch.take(kTogether * kPage);
     float *highest = scratch.take(room), *sum = highest + queries, *answer = sum + queries;
@@ -470,8 +545,11 @@ class Decoder : public torch::CustomClassHolder {
     float *sums = scratch.take(queries * kLanes), *wide = scratch.take(narrow ? page_size() : 0);
     for (int64_t i = 0; i < queries; ++i) {
       const float* from = &projected_[(task.row + i / group) * projected_width() + (task.head * group + i % group) * size_];
-      std::copy_n(from, size_, q + i * size_);
+      normalise(from, layer.query, size_, eps_, q + i * size_);
+      if (!layer.global) turn(q + i * size_, task.row + i / group);
+      for (int64_t c = 0; c < size_; ++c) q[i * size_ + c] *= scale;
     }
+    if (alone() && task.position < task.last * kPage * kStretch) place(layer, task.row, task.head);  // the part that sees it
     std::fill_n(highest, queries, kLowest), std::fill_n(sum, queries * (size_ + 1), 0.0f);
     const int64_t begin = oldest(layer.global, task.position) / kPage, end = (task.position + task.count - 1) / kPage + 1;
     for (int64_t stretch = task.first; stretch < task.last; ++stretch) {
@@ -509,21 +587,24 @@ class Decoder : public torch::CustomClassHolder {
     }
   }
 
-  void through_experts(Team::Member& team, const Layer& layer, int64_t* counts) {
-    product(team, layer.router, normed_.data(), width_, scores_.data(), whole_panels(experts_));
+  template <class Then>
+  void through_experts(Team::Member& team, const Layer& layer, int64_t* counts, const Then& then) {
     int64_t& waves = waves_[&layer - layers_.data()];  // a thread that comes late still finds the number of this layer
-    team.share(1, [&](int64_t) {
+    product(team, layer.router, normed_.data(), width_, scores_.data(), whole_panels(experts_), [&] {
       route(layer, counts);
       waves = cache_ ? cache_->begin(layer.sparse_place, used_, begin_, rows_) : 1;
     });
     for (int64_t wave = 0; wave < waves; ++wave) {
       if (wave) team.share(1, [&](int64_t) { cache_->turn(wave); });
-      through_wave(team, layer, wave);
+      through_wave(team, layer, wave, [&] {
+        if (wave + 1 == waves) then();
+      });
     }
   }
 
   // The experts of one wave, and in the first one the shared expert.
-  void through_wave(Team::Member& team, const Layer& layer, int64_t wave) {
+  template <class Then>
+  void through_wave(Team::Member& team, const Layer& layer, int64_t wave, const Then& then) {
     const int64_t wide = std::max(padded(hidden_), padded(shared_)), slots = rows_ * chosen_;
     const auto first = [&] { return cache_ ? wave * cache_->wave_size() : 0; };
     const auto used = [&] {
@@ -544,7 +625,7 @@ class Decoder : public torch::CustomClassHolder {
       panel_rows(layer.gate_up.at(record), p, begin_[e + 1] - begin,
                  [&](int64_t i) { return &normed_[order_[begin + i] / chosen_ * width_]; },
                  [&](int64_t i, const float* y) { activate(y, &active_[(begin + i) * wide + p * kPanel / 2]); });
-    });
+    }, [] {});
     const int64_t downs = layer.down.panels();
     team.share_some([&] { return (used() + shared) * downs; }, [&](int64_t task) {
       const int64_t p = task % downs, columns = std::min(kPanel, width_ - p * kPanel), which = task / downs - shared;
@@ -559,7 +640,7 @@ class Decoder : public torch::CustomClassHolder {
       panel_rows(layer.down.at(record + layer.gate_up.bytes()), p, begin_[e + 1] - begin,
                  [&](int64_t i) { return &active_[(begin + i) * wide]; },
                  [&](int64_t i, const float* y) { std::copy_n(y, columns, &made_[order_[begin + i] * width_ + p * kPanel]); });
-    });
+    }, then);
   }
 
   // The chosen experts of every row, their weights, and the slots of each expert (slot = row K + choice).
@@ -629,13 +710,13 @@ class Decoder : public torch::CustomClassHolder {
 
   // Of one step.
   int64_t rows_ = 0;
-  const int64_t *tokens_ = nullptr, *positions_ = nullptr;
   Pool pools_[2];
   std::vector<Stretch> stretches_;
   std::vector<Task> tasks_[2];
   std::vector<Merge> merges_[2];
-  std::vector<int64_t> sequence_, picked_, order_, begin_, used_, waves_;
-  std::vector<float> x_, normed_, mixed_, projected_, attended_, active_, made_, scores_, weight_, partial_;
+  std::vector<uint64_t> best_;  // of each wanted row, the rank of its greatest logit
+  std::vector<int64_t> tokens_, positions_, sequence_, wanted_, picked_, order_, begin_, used_, waves_;
+  std::vector<float> x_, turns_, normed_, mixed_, projected_, attended_, active_, made_, scores_, weight_, partial_;
 };
 
 }  // namespace trinity

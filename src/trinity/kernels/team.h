@@ -18,10 +18,11 @@ class Team {
    public:
     explicit Member(Team& team) : team_(team) {}
 
-    // work(0), ..., work(count() - 1), each by one member. `count` may depend on the phases before. No bit of a result may
-    // depend on who does what.
-    template <class Count, class Work>
-    void share_some(const Count& count, const Work& work) {
+    // work(0), ..., work(count() - 1), each by one member, and where there was any, then() by whoever ends the last of
+    // them: a phase of one task would cost more than it does. `count` may depend on the phases before. No bit of a result
+    // may depend on who does what.
+    template <class Count, class Work, class Then>
+    void share_some(const Count& count, const Work& work, const Then& then) {
       const uint64_t phase = phase_++;
       for (int spins = 0;;) {
         uint64_t state = team_.state_.load(std::memory_order_acquire);
@@ -35,6 +36,7 @@ class Team {
         } else if (team_.state_.compare_exchange_weak(state, state + 1)) {  // still this phase, so `tasks` was right
           work(static_cast<int64_t>(next));
           if (team_.done_.fetch_add(1) + 1 == tasks) {
+            then();
             team_.done_.store(0);
             team_.state_.store((phase + 1) << 32, std::memory_order_release);
             return;
@@ -43,9 +45,9 @@ class Team {
       }
     }
 
-    template <class Work>
-    void share(int64_t tasks, const Work& work) {
-      share_some([tasks] { return static_cast<uint64_t>(tasks); }, work);
+    template <class Work, class Then = void (*)()>
+    void share(int64_t tasks, const Work& work, const Then& then = [] {}) {
+      share_some([tasks] { return static_cast<uint64_t>(tasks); }, work, then);
     }
 
    private:
