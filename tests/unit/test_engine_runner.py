@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trinity.config.model import ModelConfig
+from trinity.engine.device import DeviceRunner
 from trinity.engine.pages import PAGE, Pools, pages_for
-from trinity.engine.runner import CompiledRunner, PlainRunner, Rows, Runner
+from trinity.engine.runner import CompiledRunner, Rows, Runner
 from trinity.engine.weights import Kind, decoder_weights, interleaved, packed
 from trinity.kernels.compiled import is_loaded
 from trinity.model.experts import MixtureOfExperts
@@ -74,7 +75,7 @@ def plain_logits(model: Transformer, tokens: list[int]) -> Tensor:
 @torch.inference_mode()
 def test_pages_change_nothing_for_the_models_own_code(model):
     tokens = a_text(model.config, 230)
-    found = read(PlainRunner(model), tokens, [STEP, 1, 33])
+    found = read(DeviceRunner(model), tokens, [STEP, 1, 33])
     torch.testing.assert_close(found, plain_logits(model, tokens), rtol=1e-4, atol=1e-4)
 
 
@@ -82,7 +83,7 @@ def test_pages_change_nothing_for_the_models_own_code(model):
 @torch.inference_mode()
 def test_the_compiled_decoder_computes_what_the_model_does(model):
     tokens = a_text(model.config, 230)
-    runner, plain = CompiledRunner(model.config, decoder_weights(model, "float32")), PlainRunner(model)
+    runner, plain = CompiledRunner(model.config, decoder_weights(model, "float32")), DeviceRunner(model)
     found = read(runner, tokens, [STEP])
     torch.testing.assert_close(found, read(plain, tokens, [STEP]), rtol=1e-3, atol=1e-4)
     assert torch.equal(runner.expert_rows, plain.expert_rows)
@@ -211,7 +212,7 @@ def test_pages_are_counted():
 @torch.inference_mode()
 def test_a_window_moves_to_another_ring():
     config = CONFIGS["debug"]
-    runner, tokens = PlainRunner(a_model(config)), a_text(config, 2 * PAGE + 9)
+    runner, tokens = DeviceRunner(a_model(config)), a_text(config, 2 * PAGE + 9)
     pools, [(pages, ring), (_, other)] = pools_for(config, 2, 200)
     runner.forward([Rows(tokens[:STEP], 0, pages, ring, 0)], pools)
     runner.forward([Rows(tokens[STEP : 2 * PAGE], STEP, pages, ring, 0)], pools)

@@ -30,7 +30,7 @@ def chat(options: argparse.Namespace) -> None:
 
     sampling = sampling_of(options)
     sampling_from(sampling)
-    model = load(options.model, options.dtype)
+    model = load(options.model, options.dtype, options.device)
     beginning = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(beginning)
     typed = sys.stdin.isatty()

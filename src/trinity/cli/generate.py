@@ -34,9 +34,14 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperatu
     parser.add_argument("--min-p", type=float, default=0.0, help="keep tokens this likely relative to the likeliest")
     parser.add_argument("--seed", type=int, help="draw the same answer again; without it every run draws anew")
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "int8", "int4"), help="what weights are kept in"
-    )
+    add_weights(parser)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Arguments of where weights are kept, and in what."""
+    kept = "what weights are kept in (default float32, on a GPU bfloat16)"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8", "int4"), help=kept)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
 
 
 def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -50,8 +55,8 @@ def generate(options: argparse.Namespace) -> None:
     sampling = sampling_of(options)
     sampling_from(sampling)  # refuses bad values before the model is loaded
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    model = load(options.model, options.dtype)
     stream = sys.stdout.isatty() if options.stream is None else options.stream
+    model = load(options.model, options.dtype, options.device)
     if options.json:
         print(json.dumps(asdict(model.generate(prompt, **sampling)), ensure_ascii=False))
     elif stream:

@@ -11,6 +11,7 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
+from trinity.cli.generate import add_weights
 from trinity.config.serve import ServeConfig
 
 
@@ -24,9 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             help=f"{knob.metadata['meaning']} (default %(default)s)",
         )
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="one key a line; TRINITY_API_KEY adds one")
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "int8", "int4"), help="what weights are kept in"
-    )
+    add_weights(parser)
     parser.set_defaults(action=serve)
 
 
@@ -38,8 +37,7 @@ def serve(options: argparse.Namespace) -> None:
     config = ServeConfig(**{knob.name: getattr(options, knob.name) for knob in fields(ServeConfig)})
     keys = read_keys(options.api_key_file, os.environ.get("TRINITY_API_KEY"))
     with open_socket(config, keys) as listener:
-        loaded = load(options.model, options.dtype)
-        url = url_of(listener)
+        loaded, url = load(options.model, options.dtype, options.device), url_of(listener)
 
         def announce() -> None:
             print(f"Serving {loaded.name} at {url}\n\n{example(url, loaded.name, bool(keys))}", flush=True)

@@ -111,7 +111,7 @@ class Engine:
             sequence = part.sequence
             sequence.read += part.length
             try:
-                piece = self._advance(part, logits[mine], all(sound[mine]))
+                piece = self._advance(part, self._at_hand(logits[mine], sequence), all(sound[mine]))
             except RequestError as error:
                 piece = Piece(request_id=sequence.id, finish_reason="error", error=error)
             ended = piece is not None and piece.finish_reason is not None
@@ -122,6 +122,11 @@ class Engine:
             if ended:
                 self.scheduler.remove(sequence.id)
         return pieces
+
+    def _at_hand(self, logits: Tensor, sequence: Sequence) -> Tensor:
+        """Logits where they are to be used: on their device where nothing but the likeliest is asked for."""
+        plain = sequence.matcher is None and not sequence.scores and sequence.sampling.is_likeliest
+        return logits if plain else logits.cpu()
 
     def _wanted(self, part: Part) -> int:
         """Of how many of its last rows a part needs logits."""

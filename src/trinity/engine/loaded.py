@@ -18,6 +18,7 @@ from torch import Tensor
 from trinity.base.errors import RequestError, UsageError, nearest
 from trinity.ckpt.opened import OpenedModel, open_model
 from trinity.config.model import ModelConfig
+from trinity.engine.device import device_named
 from trinity.engine.engine import Engine, end_tokens, run
 from trinity.engine.limits import EngineLimits
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, constraint_of, gather
@@ -30,19 +31,24 @@ ALONE = EngineLimits(max_active=1, window_bytes=0)  # one request, nothing kept 
 FORMS = ("json_schema", "regex", "grammar", "after_think")  # keywords of constraint_of
 
 
-def load(path: Path | str, dtype: str = "float32") -> "LoadedModel":
+def load(path: Path | str, dtype: str | None = None, device: str = "auto") -> "LoadedModel":
     """A Hugging Face folder or a run folder, ready to be asked. dtype: 'float32', 'bfloat16', 'int8' or 'int4'.
 
-    That is what weights are kept in; what is computed is float32 on a CPU. Router, norms and selection bias stay in
-    float32 in any. CheckpointError where the folder is not a whole model.
+    That is what weights are kept in; what is computed is float32 on a CPU, on a GPU of the weights' own kind. Router,
+    norms and selection bias stay in float32 in any. device: 'cpu', 'cuda', or 'auto': a GPU where there is one. None is
+    'float32' on a CPU and 'bfloat16' on a GPU. CheckpointError where the folder is not a whole model.
     """
+    where = device_named(device)
+    dtype = dtype or ("float32" if where.type == "cpu" else "bfloat16")
     if dtype not in KINDS:
         raise UsageError(f"dtype '{dtype}' is not offered.", f"Choose one of {', '.join(KINDS)}.")
     few = dtype in ("int8", "int4")
+    if few and where.type != "cpu":
+        raise UsageError(f"{dtype} is for CPUs alone.", "Use dtype 'bfloat16', or device 'cpu'.")
     if few and not is_loaded():
         raise UsageError(f"{dtype} needs the compiled kernels.", "Install g++, or use dtype 'bfloat16'.")
     opened = open_model(path, "bfloat16" if few else dtype)
-    return LoadedModel(opened, runner_for(opened.model, dtype))
+    return LoadedModel(opened, runner_for(opened.model.to(where), dtype))
 
 
 class LoadedModel:

@@ -67,6 +67,12 @@ class SamplingParams:
         if any(not text for text in self.stop):
             raise RequestError("A stop string is empty.", "An empty text stands everywhere; leave it out.")
 
+    @property
+    def is_likeliest(self) -> bool:
+        """Whether of the model's own logits nothing but the place of the largest is asked for."""
+        changed = self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return self.temperature == 0 and not changed and self.logprobs is None
+
 
 def constraint_of(
     json_schema: dict[str, Any] | str | None = None,
