@@ -86,7 +86,7 @@ def by_row(experts: ChosenExperts, x: Tensor, routing: Routing) -> Tensor:
 
 def grouped_products_wait(model: Transformer) -> bool:
     """Whether F.grouped_mm, on the GPU that holds the model, reads its offsets on the host: all but its kernel for
-    bfloat16 on Hopper and Blackwell do (GroupedBlas.cpp), and so does our loop for sizes that it does not take."""
+    bfloat16 on compute capability 9 and 10 do (GroupedBlas.cpp), and so does our loop for sizes it does not take."""
     major, _ = torch.cuda.get_device_capability(model.embed_tokens.weight.device)
     config = model.config
     aligned = config.hidden_size % 8 == 0 and config.moe_intermediate_size % 8 == 0
