@@ -11,8 +11,10 @@ from transformers import AfmoeConfig, AfmoeForCausalLM
 from trinity.ckpt.hf import published_config, read_hf, write_hf
 from trinity.ckpt.names import slot_of
 from trinity.config.model import ModelConfig
+from trinity.engine.device import DeviceRunner
 from trinity.engine.pages import Pools
-from trinity.engine.runner import PlainRunner, Rows, runner_for
+from trinity.engine.runner import runner_for
+from trinity.engine.step import Rows
 from trinity.model.attend import Packed
 from trinity.model.generate import continue_greedily
 from trinity.model.init import build_model
@@ -127,7 +129,7 @@ def test_greedy_continuations_are_identical_with_and_without_their_cache():
         assert out[0, 9:].tolist() == mine
 
 
-@pytest.mark.parametrize("made", [runner_for, PlainRunner])
+@pytest.mark.parametrize("made", [runner_for, DeviceRunner])
 @pytest.mark.parametrize("chunks", [[23], [1] * 23, [9, 1, 1, 7, 5]])
 def test_logits_over_our_pages_equal_theirs_over_their_cache(chunks, made):
     """Windows of 5 are shorter than the text; every chunk is compared, prompt and single tokens alike."""

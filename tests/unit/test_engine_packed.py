@@ -22,7 +22,7 @@ from trinity.engine import loaded
 from trinity.engine.loaded import LoadedModel, load
 from trinity.engine.packed import packed_bytes, sum_of, write_packed
 from trinity.engine.pages import Pools, pages_for
-from trinity.engine.runner import Rows
+from trinity.engine.step import Rows
 from trinity.engine.weights import Kind, record_bytes
 from trinity.kernels.compiled import is_loaded
 from trinity.model.init import build_model

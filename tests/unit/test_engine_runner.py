@@ -11,8 +11,10 @@ from torch import Tensor
 
 from trinity.ckpt.weights import HeldWeights
 from trinity.config.model import ModelConfig
+from trinity.engine.device import DeviceRunner, likeliest_of
 from trinity.engine.pages import PAGE, KvDtype, Pools, kv_bytes_per_token, pages_for
-from trinity.engine.runner import CompiledRunner, Output, PlainRunner, Rows, Runner, likeliest_of
+from trinity.engine.runner import CompiledRunner, Runner
+from trinity.engine.step import Output, Rows
 from trinity.engine.weights import Kind, decoder_weights, interleaved, packed, packed_plainly, unpacked
 from trinity.kernels.compiled import is_loaded
 from trinity.model.experts import MixtureOfExperts
@@ -81,7 +83,7 @@ def plain_logits(model: Transformer, tokens: list[int]) -> Tensor:
 @torch.inference_mode()
 def test_pages_change_nothing_for_the_models_own_code(model):
     tokens = a_text(model.config, 230)
-    found = read(PlainRunner(model), tokens, [STEP, 1, 33])
+    found = read(DeviceRunner(model), tokens, [STEP, 1, 33])
     torch.testing.assert_close(found, plain_logits(model, tokens), rtol=1e-4, atol=1e-4)
 
 
@@ -89,7 +91,7 @@ def test_pages_change_nothing_for_the_models_own_code(model):
 @torch.inference_mode()
 def test_the_compiled_decoder_computes_what_the_model_does(model):
     tokens = a_text(model.config, 230)
-    runner, plain = compiled(model), PlainRunner(model)
+    runner, plain = compiled(model), DeviceRunner(model)
     found = read(runner, tokens, [STEP])
     torch.testing.assert_close(found, read(plain, tokens, [STEP]), rtol=1e-3, atol=1e-4)
     assert torch.equal(runner.expert_rows, plain.expert_rows)
@@ -147,7 +149,7 @@ def test_narrow_keys_and_values_cost_what_they_cost_the_models_own_code(name: st
     """Without experts: which of them are chosen turns on the last bit."""
     model = a_model(replace(CONFIGS[name], num_dense_layers=CONFIGS[name].num_hidden_layers))
     tokens = a_text(model.config, 230)
-    runner, plain = compiled(model), PlainRunner(model)
+    runner, plain = compiled(model), DeviceRunner(model)
     found, twin = read(runner, tokens, [STEP], "bfloat16"), read(plain, tokens, [STEP], "bfloat16")
     off = (plain_logits(model, tokens) - twin).norm() / twin.norm()
     assert 1e-5 < off < 1e-2
@@ -162,7 +164,7 @@ def test_values_get_into_narrow_pages_as_torch_rounds_them():
     config = replace(CONFIGS["debug"], num_hidden_layers=1, num_dense_layers=1)
     model = a_model(config)
     pages = []
-    for runner in (compiled(model), PlainRunner(model)):
+    for runner in (compiled(model), DeviceRunner(model)):
         pools, [(paged, ring)] = pools_for(config, 1, PAGE, "bfloat16")
         runner.forward([Rows(a_text(config, PAGE), 0, paged, ring)], pools)
         pages.append(pools.local.values[ring[0]].float())
@@ -314,7 +316,7 @@ def test_pools_of_trinity_large_are_what_the_formula_says(kv_dtype: KvDtype, ask
 @torch.inference_mode()
 def test_a_window_moves_to_another_ring(kv_dtype: KvDtype):
     config = CONFIGS["debug"]
-    runner, tokens = PlainRunner(a_model(config)), a_text(config, 2 * PAGE + 9)
+    runner, tokens = DeviceRunner(a_model(config)), a_text(config, 2 * PAGE + 9)
     pools, [(pages, ring), (_, other)] = pools_for(config, 2, 200, kv_dtype)
     runner.forward([Rows(tokens[:STEP], 0, pages, ring, 0)], pools)
     runner.forward([Rows(tokens[STEP : 2 * PAGE], STEP, pages, ring, 0)], pools)

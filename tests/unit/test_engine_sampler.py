@@ -112,3 +112,10 @@ def test_values_out_of_range_are_refused_by_name(values: dict[str, Any]) -> None
     with pytest.raises(RequestError, match=next(iter(values)).split("_")[0]) as caught:
         SamplingParams(**values)
     assert caught.value.remedy
+
+
+def test_what_more_than_the_likeliest_asks_for():
+    assert SamplingParams(stop=("x",), seed=3, top_p=0.5).plain
+    for asked in ({"temperature": 0.1}, {"logit_bias": {3: 1.0}}, {"repetition_penalty": 1.1},
+                  {"presence_penalty": 0.1}, {"frequency_penalty": 0.1}):  # fmt: skip
+        assert not SamplingParams(**asked).plain

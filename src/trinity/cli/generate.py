@@ -46,8 +46,9 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "int8", "int4"),
-        help="what weights are kept in (default: float32, or what a packed folder has)",
+        help="what weights are kept in (default: float32, on a GPU bfloat16, of a packed folder what it has)",
     )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     parser.add_argument(
         "--expert-bytes",
         default="0",
@@ -60,7 +61,8 @@ def loaded(options: argparse.Namespace) -> "LoadedModel":
     from trinity.base.units import parse_count
     from trinity.engine.loaded import load
 
-    return load(options.model, options.dtype, options.kv_dtype, parse_count(options.expert_bytes))
+    budget = parse_count(options.expert_bytes)
+    return load(options.model, options.dtype, options.device, options.kv_dtype, budget)
 
 
 def tell_reads(model: "LoadedModel") -> None:

@@ -18,10 +18,11 @@ from trinity.engine.limits import EngineLimits, pools_for
 from trinity.engine.pages import kv_bytes_per_token
 from trinity.engine.prefix import PrefixCache
 from trinity.engine.request import FinishReason, Piece, Request, TokenLogprob
-from trinity.engine.runner import Output, Rows, Runner
+from trinity.engine.runner import Runner
 from trinity.engine.sampler import choose, logprobs_of
 from trinity.engine.scheduler import Part, Scheduler
 from trinity.engine.sequence import Sequence
+from trinity.engine.step import Output, Rows
 from trinity.text.tokenizer import Tokenizer
 
 
@@ -138,7 +139,7 @@ class Engine:
             )
         sequence = part.sequence
         if sequence.scores:
-            self._score_prompt(sequence, output.logits[start:end], sequence.read - part.length)
+            self._score_prompt(sequence, output.logits[start:end].cpu(), sequence.read - part.length)
         if sequence.unread:
             return None
         if sequence.most_tokens == 0:
@@ -164,7 +165,7 @@ class Engine:
         if sequence.plain:
             token = output.likeliest[row]
         else:
-            logits = output.logits[row]  # they stay as they are, for the log-probabilities
+            logits = output.logits[row].cpu()  # they stay as they are, for the log-probabilities
             if sequence.matcher is not None:
                 sequence.matcher.mask(logits := logits.clone())
             token = choose(logits, sampling, sequence.prompt, sequence.answer, sequence.draw)
@@ -175,7 +176,7 @@ class Engine:
             sequence.matcher.accept(token)
         entries = []
         if sampling.logprobs is not None:
-            entries = logprobs_of(output.logits[row, None], torch.tensor([token]), sampling.logprobs)
+            entries = logprobs_of(output.logits[row, None].cpu(), torch.tensor([token]), sampling.logprobs)
         text = sequence.stops.push(sequence.decoder.push(token))
         if sequence.stops.found:
             return text, token, entries, "stop"

@@ -23,6 +23,7 @@ from trinity.ckpt.opened import StoredModel, find_model, read_model
 from trinity.ckpt.weights import PackedWeights
 from trinity.config.model import ModelConfig
 from trinity.data.progress import progress
+from trinity.engine.device import device_named
 from trinity.engine.engine import Engine, end_tokens, run
 from trinity.engine.limits import EngineLimits
 from trinity.engine.packed import kind_of, packed_bytes, read_packed
@@ -38,12 +39,19 @@ FORMS = ("json_schema", "regex", "grammar", "after_think")  # keywords of constr
 
 
 def load(
-    path: Path | str, dtype: str | None = None, kv_dtype: KvDtype = "float32", expert_bytes: int = 0
+    path: Path | str,
+    dtype: str | None = None,
+    device: str = "auto",
+    kv_dtype: KvDtype = "float32",
+    expert_bytes: int = 0,
 ) -> "LoadedModel":
     """A Hugging Face folder, a run folder or a packed folder, ready to be asked.
 
-    dtype: 'float32' (the default), 'bfloat16', 'int8' or 'int4'. That is what weights are kept in; what is computed is
-    float32 on a CPU. Router, norms and selection bias stay in float32 in any. A packed folder has a dtype of its own.
+    dtype: 'float32', 'bfloat16', 'int8' or 'int4'. That is what weights are kept in; what is computed is float32 on a
+    CPU, on a GPU of the weights' own kind. Router, norms and selection bias stay in float32 in any. None is 'float32'
+    on a CPU, 'bfloat16' on a GPU; a packed folder has a dtype of its own.
+
+    device: 'cpu', 'cuda', or 'auto': a GPU where there is one. A packed folder is for a CPU.
 
     kv_dtype: what keys and values are kept in, 'float32' or 'bfloat16'; limits given to `engine` have their own.
 
@@ -54,13 +62,15 @@ def load(
     """
     kind = None if dtype is None else kind_named(dtype)
     alone = replace(ALONE, kv_dtype=kv_dtype)
+    where = device_named(device)
     stored = find_model(path)
-    return LoadedModel(stored, _runner(stored, kind, expert_bytes), alone)
+    return LoadedModel(stored, _runner(stored, kind, where, expert_bytes), alone)
 
 
-def _runner(stored: StoredModel, dtype: Kind | None, expert_bytes: int) -> Runner:
+def _runner(stored: StoredModel, dtype: Kind | None, where: torch.device, expert_bytes: int) -> Runner:
     packed = stored.weights.file if isinstance(stored.weights, PackedWeights) else None
-    kind = kind_of(packed) if packed is not None else dtype or "float32"
+    on_cpu = where.type == "cpu"
+    kind = kind_of(packed) if packed is not None else dtype or ("float32" if on_cpu else "bfloat16")
     if dtype not in (None, kind):
         raise UsageError(f"{stored.folder} is packed in {kind}, not in {dtype}.", f"Leave --dtype {dtype} away.")
     if expert_bytes and packed is None:
@@ -68,13 +78,16 @@ def _runner(stored: StoredModel, dtype: Kind | None, expert_bytes: int) -> Runne
             f"{stored.folder} is not packed, so its experts cannot stay on the disk.",
             f"Write a packed folder first: trinity export {stored.folder} OUT --format packed --dtype int4.",
         )
+    if not on_cpu and (packed is not None or kind in NARROW):
+        what = "A packed folder" if packed is not None else kind
+        raise UsageError(f"{what} is for CPUs alone.", "Use dtype 'bfloat16', or device 'cpu'.")
     if not is_loaded() and (packed is not None or kind in NARROW):
         raise UsageError(
             f"{'A packed folder' if packed is not None else kind} needs the compiled kernels.",
             "Install g++" + ("." if packed is not None else ", or use dtype 'bfloat16'."),
         )
-    if not is_loaded():
-        return runner_for(read_model(stored, kind).model)
+    if not on_cpu or not is_loaded():
+        return runner_for(read_model(stored, kind).model.to(where))
     _check_memory(stored.config, kind, expert_bytes)
     if packed is not None:
         return CompiledRunner(read_packed(packed, stored.config, expert_bytes))

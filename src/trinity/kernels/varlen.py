@@ -33,24 +33,37 @@ def documents_of(starts: Tensor) -> Documents:
 
 
 def attend_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """Causal attention inside each document: q [B, H, T, C], k and v [B, J, T, C] -> [B, H, T, C].
-
-    The kernel counts the keys before the query: a window of w keys, the own one included, is (w - 1, 0).
-    """
-    from torch.nn.attention.varlen import varlen_attn  # loads torch's compiler: 0.4 s that a CPU need not wait for
-
+    """Causal attention inside each document: q [B, H, T, C], k and v [B, J, T, C] -> [B, H, T, C]."""
     rows, heads, length, size = q.shape
     q, k, v = (x.transpose(1, 2).reshape(rows * length, -1, size) for x in (q, k, v))
+    out = _attend(q, k, v, documents, documents, window)
+    return out.view(rows, length, heads, size).transpose(1, 2)
+
+
+def attend_to_past(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Causal attention of the last T of S places of one text: q [1, H, T, C], k and v [1, J, S, C] -> [1, H, T, C]."""
+    one, whole = (
+        Documents(torch.tensor([0, x.shape[2]], dtype=torch.int32, device=x.device), x.shape[2]) for x in (q, k)
+    )
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    return _attend(q, k, v, one, whole, window).transpose(0, 1)[None]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, asking: Documents, asked: Documents, window: int | None) -> Tensor:
+    """q [T, H, C], k and v [S, J, C] -> [T, H, C]. The kernel has the last query of a document see its last key, and
+    counts the keys before a query: a window of w keys, the own one included, is (w - 1, 0)."""
+    from torch.nn.attention.varlen import varlen_attn  # loads torch's compiler: 0.4 s that a CPU need not wait for
+
     out = varlen_attn(
         q,
         k,
         v,
-        documents.bounds,
-        documents.bounds,
-        documents.longest,
-        documents.longest,
+        asking.bounds,
+        asked.bounds,
+        asking.longest,
+        asked.longest,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=k.shape[1] != heads,
+        enable_gqa=k.shape[1] != q.shape[1],
     )
     assert isinstance(out, Tensor)
-    return out.view(rows, length, heads, size).transpose(1, 2)
+    return out

@@ -7,6 +7,7 @@ here (`locally`), or spread over processes (parallel/expert.py).
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from trinity.model.router import Routing
@@ -21,5 +22,7 @@ class Dispatch(Protocol):
 
 def locally(experts: ChosenExperts, x: Tensor, routing: Routing) -> Tensor:
     """x [N, D] -> [N, D]: the weighted sum of each token's chosen experts, all of them here. Nothing is dropped."""
-    order = routing.chosen.flatten().argsort(stable=True)  # rows grouped by expert
-    return experts(x, routing.weights, order, routing.counts().cumsum(0))
+    chosen, order = routing.chosen.flatten().sort(stable=True)  # rows grouped by expert
+    numbers = torch.arange(routing.scores.shape[1], device=chosen.device)
+    # Where each expert's stretch ends. Counts would have a GPU wait for the host.
+    return experts(x, routing.weights, order, torch.searchsorted(chosen, numbers, right=True))

@@ -72,6 +72,17 @@ def through_experts(
     return GatherRows.apply(rows, inverse(order), 1) if weights is None else CombineRows.apply(rows, weights, order)
 
 
+def one_by_one(x: Tensor, weights: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
+    """The same for few rows, without a look at which experts are chosen: of each choice a copy of the matrices for
+    every row, and a product of that row. x [N, D], weights and chosen [N, K] -> [N, D]."""
+    made = torch.zeros_like(x, dtype=torch.float32)
+    for weight, choice in zip(weights.unbind(1), chosen.unbind(1), strict=True):
+        rows = torch.bmm(experts.gate_up_proj.index_select(0, choice).flatten(1, 2), x.unsqueeze(2)).squeeze(2)
+        rows = torch.bmm(experts.down_proj.index_select(0, choice), GatePacked.apply(rows).unsqueeze(2)).squeeze(2)
+        made = torch.addcmul(made, rows.float(), weight.unsqueeze(1))
+    return made.to(x.dtype)
+
+
 def grouped_matmul(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """rows[a:b] @ weights[e].T for each expert's stretch [a, b) of rows: [R, I] x [E, ..., I] -> [R, O].
 

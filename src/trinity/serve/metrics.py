@@ -7,7 +7,7 @@ from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from trinity.engine.engine import Engine
-from trinity.engine.runner import ExpertReads
+from trinity.engine.step import ExpertReads
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 

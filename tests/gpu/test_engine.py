@@ -1,0 +1,108 @@
+"""The engine on a GPU: logits as on a CPU, recordings that compute what their steps do, and its speed, printed."""
+
+import copy
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from trinity.config.model import ModelConfig
+from trinity.engine.device import DeviceRunner
+from trinity.engine.pages import Pools, pages_for
+from trinity.engine.runner import runner_for
+from trinity.engine.step import Rows
+from trinity.kernels.varlen import attend_to_past
+from trinity.model.attend import scaled_dot_product, visible
+from trinity.model.init import build_model
+from trinity.model.transformer import Transformer
+from trinity.recipes.table import recipe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
+]
+CONFIG = replace(recipe("debug").model, sliding_window=40)
+GPU = torch.device("cuda", 0)
+LENGTH = 150
+
+
+def a_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
+    """On the GPU, in `dtype` but for what stays in float32."""
+    model = build_model(config, 3).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name and "router" not in name:
+            parameter.data = parameter.to(dtype)
+    return model.to(GPU)
+
+
+def texts_of(config: ModelConfig, count: int, length: int = LENGTH) -> list[list[int]]:
+    return torch.randint(config.vocab_size, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def read(runner: DeviceRunner, texts: list[list[int]], prompt: int) -> Tensor:
+    """Logits [T, B, V] on the CPU of texts that are read together: a prompt at once, then token by token."""
+    length = len(texts[0])
+    pools = Pools(runner.config, len(texts) * pages_for(length), len(texts), prompt, runner.device)
+    places = [(pools.paged.take(pages_for(length)), pools.take_ring() or []) for _ in texts]
+    made = runner.forward([Rows(t[:prompt], 0, *p, prompt) for t, p in zip(texts, places, strict=True)], pools)
+    steps = [made.unflatten(0, (len(texts), prompt)).transpose(0, 1).cpu()]
+    for at in range(prompt, length):
+        rows = [Rows([text[at]], at, *place) for text, place in zip(texts, places, strict=True)]
+        steps.append(runner.forward(rows, pools)[None].cpu())
+    return torch.cat(steps)
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
+@pytest.mark.parametrize("batch", [1, 3, 19])
+@torch.inference_mode()
+def test_logits_are_those_of_a_cpu(dtype, off, batch):
+    model = a_model(CONFIG, dtype)
+    twin = copy.deepcopy(model).cpu().float()
+    texts = texts_of(CONFIG, batch)
+    runner = runner_for(model)
+    assert isinstance(runner, DeviceRunner)
+    found, expected = read(runner, texts, 60), read(DeviceRunner(twin), texts, 60)
+    # In bfloat16 a token here and there goes to another expert: bounded is the error as a whole.
+    assert float((found - expected).norm() / expected.norm()) < off
+    routed = batch * LENGTH * CONFIG.num_sparse_layers * CONFIG.num_experts_per_tok
+    assert int(runner.expert_rows.sum()) == routed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_recordings_compute_what_their_steps_do(dtype):
+    model, texts = a_model(CONFIG, dtype), texts_of(CONFIG, 5)
+    recorded, anew = read(DeviceRunner(model), texts, 60), read(DeviceRunner(model, lambda work: work), texts, 60)
+    torch.testing.assert_close(recorded, anew, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("window", [None, 1, 48, 4096])
+@pytest.mark.parametrize("asking", [1, 9, 256])
+def test_the_kernel_has_the_last_query_beside_the_last_key(window, asking):
+    q, k, v = (torch.randn(1, heads, 256, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    whole = scaled_dot_product(q, k, v, mask=visible(256, window, None, q.device))
+    found = attend_to_past(q[:, :, -asking:], k, v, window)
+    torch.testing.assert_close(found, whole[:, :, -asking:], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 16])
+@torch.inference_mode()
+def test_speed(batch, capsys):
+    """Tokens a second at lab256's shape, recorded and not. Printed, not judged."""
+    config = recipe("lab256").model
+    model, texts = a_model(config, torch.bfloat16), texts_of(config, batch, 256)
+    for name, runner in (("recorded", DeviceRunner(model)), ("anew", DeviceRunner(model, lambda work: work))):
+        read(runner, texts, 128)
+        pools = Pools(config, batch * 4, batch, 128, GPU)
+        places = [(pools.paged.take(4), pools.take_ring() or []) for _ in texts]
+        seconds = []
+        for at in range(128, 192):
+            rows = [Rows([text[at]], at, *place) for text, place in zip(texts, places, strict=True)]
+            begin = time.perf_counter()
+            runner.forward(rows, pools).cpu()
+            seconds.append(time.perf_counter() - begin)
+        with capsys.disabled():
+            middle = sorted(seconds)[len(seconds) // 2]
+            print(f"\n{name}, batch {batch}: {batch / middle:,.0f} tokens a second on {torch.cuda.get_device_name()}")
