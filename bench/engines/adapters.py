@@ -20,9 +20,9 @@ from torch import Tensor
 from trinity.base.seeds import named_seed
 from trinity.ckpt.hf import keep_precision, published_config, read_published_config
 from trinity.ckpt.opened import open_model
+from trinity.config.engine import EngineLimits
 from trinity.config.model import ModelConfig
 from trinity.engine.engine import Engine
-from trinity.engine.limits import EngineLimits
 from trinity.engine.request import Request, SamplingParams
 from trinity.engine.runner import runner_for
 from trinity.model.init import build_on_meta, fill_initial

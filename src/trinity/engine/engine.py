@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from trinity.base.errors import DataError, RequestError
+from trinity.config.engine import EngineLimits
 from trinity.engine.grammar import Matcher, matcher_of
-from trinity.engine.limits import EngineLimits, pools_for
+from trinity.engine.limits import pools_for
 from trinity.engine.pages import kv_bytes_per_token
 from trinity.engine.prefix import PrefixCache
 from trinity.engine.request import FinishReason, Piece, Request, TokenLogprob

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from trinity.base.errors import RequestError, UsageError, nearest
 from trinity.ckpt.opened import OpenedModel, open_model
+from trinity.config.engine import EngineLimits
 from trinity.config.model import ModelConfig
 from trinity.engine.engine import Engine, end_tokens, run
-from trinity.engine.limits import EngineLimits
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, constraint_of, gather
 from trinity.engine.runner import Runner, logits_of, runner_for
 from trinity.kernels.compiled import is_loaded
