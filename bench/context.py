@@ -31,9 +31,9 @@ from engines.adapters import TRIED, Skipped, Transformers, opened, prompt_of, ru
 from matplotlib.figure import Figure
 
 from trinity.base.units import show_bytes, show_seconds
+from trinity.config.engine import EngineLimits
 from trinity.config.model import ModelConfig
 from trinity.engine.engine import Engine
-from trinity.engine.limits import EngineLimits
 from trinity.engine.pages import PAGE
 from trinity.engine.request import Piece, Request, SamplingParams
 from trinity.plan.flops import keys_seen

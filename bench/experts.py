@@ -30,9 +30,9 @@ from trinity.base.units import parse_count, show_bytes
 from trinity.ckpt.hf import published_config
 from trinity.ckpt.model_folder import write_companions
 from trinity.ckpt.opened import PACKED, StoredModel
+from trinity.config.engine import EngineLimits
 from trinity.config.model import ModelConfig
 from trinity.data.progress import progress
-from trinity.engine.limits import EngineLimits
 from trinity.engine.loaded import load
 from trinity.engine.packed import packed_bytes, write_packed
 from trinity.engine.request import Request, SamplingParams

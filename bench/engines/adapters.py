@@ -21,9 +21,9 @@ from trinity.base.seeds import named_seed
 from trinity.ckpt.hf import published_config, read_published_config
 from trinity.ckpt.opened import open_model
 from trinity.ckpt.weights import HeldWeights
+from trinity.config.engine import EngineLimits
 from trinity.config.model import ModelConfig
 from trinity.engine.engine import Engine
-from trinity.engine.limits import EngineLimits
 from trinity.engine.request import Request, SamplingParams
 from trinity.engine.runner import CompiledRunner, Runner
 from trinity.engine.weights import decoder_weights, kind_named

@@ -13,6 +13,7 @@ import trinity.config
 from trinity.base.errors import ConfigError
 from trinity.config.align import AlignConfig
 from trinity.config.audit import AuditConfig
+from trinity.config.engine import EngineLimits
 from trinity.config.knob import Bounds, Settings
 from trinity.config.load import from_dict, override, to_dict
 from trinity.config.parallel import ParallelConfig
@@ -22,7 +23,7 @@ from trinity.recipes.table import recipe
 
 DEBUG = recipe("debug")
 WHOLE = [DEBUG, DEBUG.model, DEBUG.data, DEBUG.optim, DEBUG.balance, DEBUG.train, AlignConfig(), AuditConfig(),
-         ServeConfig(), PhaseConfig(name="a", from_tokens=0), ExtensionConfig(),
+         EngineLimits(), ServeConfig(), PhaseConfig(name="a", from_tokens=0), ExtensionConfig(),
          ParallelConfig()]  # fmt: skip
 
 # Numbers without bounds, each with the reason why any finite one will do.

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trinity.base.errors import RequestError
+from trinity.config.engine import EngineLimits
 from trinity.engine.engine import Engine, end_tokens, run
-from trinity.engine.limits import EngineLimits
 from trinity.engine.request import Generation, Request, SamplingParams, gather
 from trinity.engine.runner import CompiledRunner, Runner, runner_for
 from trinity.model.generate import continue_greedily
@@ -109,6 +109,8 @@ def test_endings(model: Transformer, runner: Runner, tokenizer: Tokenizer) -> No
     stop = free.text[len(free.text) // 2 :][:5]
     (by_text,) = answers(engine, [ask(prompt, max_new_tokens=30, stop=(stop,))])
     assert (by_text.text, by_text.finish_reason) == (free.text.partition(stop)[0], "stop")
+    (longer,) = answers(engine, [ask(prompt, max_new_tokens=30, stop=(free.text + "and more", "x" * 5000))])
+    assert (longer.text, longer.finish_reason) == (free.text, "length"), "what was held back comes at the end"
     (nothing,) = answers(engine, [ask(prompt, max_new_tokens=0)])
     assert (nothing.text, nothing.token_ids, nothing.finish_reason) == ("", [], "length")
     assert not engine.busy

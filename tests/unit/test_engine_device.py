@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trinity.base.errors import UsageError
 from trinity.ckpt.weights import HeldWeights
 from trinity.cli.main import main
+from trinity.config.engine import EngineLimits
 from trinity.config.model import ModelConfig
 from trinity.engine.device import DeviceRunner, by_row, device_named
 from trinity.engine.engine import Engine, run
 from trinity.engine.graphs import Replay, rounded_rows, rounded_width
-from trinity.engine.limits import EngineLimits
 from trinity.engine.request import Request, SamplingParams, gather
 from trinity.engine.runner import CompiledRunner, Runner
 from trinity.engine.step import FEW, Rows

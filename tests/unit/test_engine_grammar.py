@@ -6,8 +6,10 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from random import Random
+from threading import Semaphore
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,8 +22,9 @@ from trinity.config.model import ModelConfig
 from trinity.engine.engine import Engine, run
 from trinity.engine.grammar import ConstraintError, Matcher, matcher_of
 from trinity.engine.loaded import LoadedModel
-from trinity.engine.request import Constraint, Generation, Request, SamplingParams, constraint_of, gather
-from trinity.engine.runner import runner_for
+from trinity.engine.pages import Pools
+from trinity.engine.request import Constraint, Generation, Piece, Request, SamplingParams, constraint_of, gather
+from trinity.engine.runner import Output, Rows, runner_for
 from trinity.model.init import build_model
 from trinity.model.transformer import Transformer
 from trinity.text.train_bpe import train_bpe
@@ -259,6 +262,35 @@ def test_an_answer_ends_where_its_form_is_whole(model: Transformer) -> None:
     assert free.text == ""
     (without_ends,) = answers(model, ask(constraint_of(regex="ab1")), ends=frozenset())
     assert (without_ends.text, without_ends.finish_reason) == ("ab1", "stop")
+
+
+def test_masks_are_found_while_the_model_reads(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all answers that a step goes on with: here it does not end before they are."""
+    engine = Engine(runner_for(model), TOKENIZER, frozenset({END}))
+    masks, found, read = Semaphore(0), Matcher._allowed, engine.runner.read
+
+    def counted(self: Matcher, rows: int) -> np.ndarray:
+        try:
+            return found(self, rows)
+        finally:
+            masks.release()
+
+    def patient(rows: list[Rows], pools: Pools) -> Output:
+        for one in rows:
+            assert not one.wanted or masks.acquire(timeout=60), "no mask while the model reads"
+        return read(rows, pools)
+
+    asked = [ask(constraint_of(regex="[ab]{3}"), seed=seed) for seed in range(3)]
+    expected = answers(model, *asked)
+    for request in asked:
+        engine.submit(request)
+    monkeypatch.setattr(Matcher, "_allowed", counted)
+    monkeypatch.setattr(engine.runner, "read", patient)
+    pieces: dict[int, list[Piece]] = {}
+    while engine.busy:
+        for piece in engine.step():
+            pieces.setdefault(piece.request_id, []).append(piece)
+    assert [gather(of_one, len(LINE)) for of_one in pieces.values()] == expected
 
 
 def test_logprobs_stay_the_models(model: Transformer) -> None:

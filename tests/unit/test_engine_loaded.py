@@ -118,7 +118,7 @@ def test_narrow_keys_and_values_are_used_by_every_call(folder: Path, loaded: Loa
 def test_precisions_not_offered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="float16"):
         load(folder, dtype="float16")
-    with pytest.raises(UsageError, match="kv_dtype 'int8' is not offered"):
+    with pytest.raises(UsageError, match="kv_dtype is 'int8'. Choose float32 or bfloat16"):
         load(folder, kv_dtype="int8")  # type: ignore[arg-type]
     monkeypatch.setattr("trinity.engine.loaded.is_loaded", lambda: False)
     with pytest.raises(UsageError, match="int8 needs the compiled kernels"):

@@ -203,7 +203,7 @@ def test_what_cannot_be_had_is_said(models: Path, monkeypatch):
     ):
         with pytest.raises(UsageError, match=what):
             load(arguments[0], arguments[1], expert_bytes=arguments[2])
-    monkeypatch.setattr(loaded, "free_bytes", lambda: 100_000)
+    monkeypatch.setattr(loaded, "available_bytes", lambda _: 100_000)
     for model in ("whole", "float32"):
         with pytest.raises(
             UsageError, match=r"The weights in float32 take .* MiB; 97\.7 KiB are free\..*--expert-bytes"

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trinity.ckpt.weights import HeldWeights
+from trinity.config.engine import KvDtype
 from trinity.config.model import ModelConfig
 from trinity.engine.device import DeviceRunner, likeliest_of
-from trinity.engine.pages import PAGE, KvDtype, Pools, kv_bytes_per_token, pages_for
+from trinity.engine.pages import PAGE, Pools, kv_bytes_per_token, pages_for
 from trinity.engine.runner import CompiledRunner, Runner
 from trinity.engine.step import Output, Rows
 from trinity.engine.weights import Kind, decoder_weights, interleaved, packed, packed_plainly, unpacked

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trinity.base.errors import RequestError, UsageError
+from trinity.base.errors import ConfigError, RequestError, UsageError
+from trinity.config.engine import EngineLimits, KvDtype
 from trinity.config.serve import ServeConfig
 from trinity.engine.engine import Engine, run
-from trinity.engine.limits import EngineLimits, limits_of
-from trinity.engine.pages import PAGE, KvDtype, kv_bytes_per_token, pages_for
+from trinity.engine.pages import PAGE, Pools, kv_bytes_per_token, pages_for
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, gather
-from trinity.engine.runner import Runner, runner_for
+from trinity.engine.runner import Output, Rows, Runner, runner_for
 from trinity.kernels.compiled import is_loaded
 from trinity.model.init import build_model
 from trinity.recipes.table import recipe
@@ -79,6 +79,75 @@ def some_requests(chance: Random) -> list[Request]:
     return requests
 
 
+class CountingRunner:
+    """Counts the rows it is given in each step."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner, self.rows = runner, []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._runner, name)
+
+    def read(self, rows: list[Rows], pools: Pools) -> Output:
+        self.rows.append(sum(len(one.tokens) for one in rows))
+        return self._runner.read(rows, pools)
+
+
+def rows_of(runner: Runner, tokenizer: Tokenizer, requests: list[Request], **limits: int) -> tuple[list[int], Engine]:
+    """How many rows each step reads; the answers are those of each request alone."""
+    engine = Engine(counting := CountingRunner(runner), tokenizer, END, EngineLimits(**limits))  # type: ignore[arg-type]
+    for request, pieces in zip(requests, run(engine, requests), strict=True):
+        assert whole(pieces, request) == alone(runner, tokenizer, request)
+    assert left_over(engine) == 0
+    return counting.rows, engine
+
+
+@pytest.mark.parametrize("extra", [0, 9])
+def test_the_choices_of_one_prompt_read_it_once(runner, tokenizer, extra: int):
+    """All but the last page of one that ends with a page: its last token is read again, for the logits behind it."""
+    prompt = [64 + n * n % 211 for n in range(8 * PAGE + extra)]
+    requests = [ask(prompt, max_new_tokens=1, temperature=0.8, seed=seed, logprobs=2) for seed in range(4)]
+    found = (len(prompt) - 1) // PAGE * PAGE
+    rows, engine = rows_of(runner, tokenizer, requests)
+    assert sum(rows) == len(prompt) + 3 * (len(prompt) - found)
+    assert engine.prefix.lookups == {"hit": 3, "unknown": 1, "given_up": 0, "no_window": 0}
+    assert (engine.prefix.tokens_asked, engine.prefix.tokens_found) == (4 * len(prompt), 3 * found)
+    rows, _ = rows_of(runner, tokenizer, requests, window_bytes=0)
+    assert sum(rows) == 4 * len(prompt), "where no window can be kept nobody waits"
+    scored = [replace(one, sampling=replace(one.sampling, prompt_logprobs=0)) for one in requests]
+    assert sum(rows_of(runner, tokenizer, scored)[0]) == 4 * len(prompt), "nor for or with a prompt that is scored"
+
+
+def test_texts_that_part_wait_as_far_as_they_are_alike_and_others_do_not(runner, tokenizer):
+    stem = [64 + n * n % 211 for n in range(3 * PAGE + 20)]
+    alike = [ask(stem + [end] * 60, "a", max_new_tokens=1) for end in (70, 90, 110)]
+    other, foreign = ask([99] * 40, "a", max_new_tokens=1), ask(alike[0].prompt[:130], "b", max_new_tokens=1)  # type: ignore[arg-type]
+    rows, engine = rows_of(runner, tokenizer, [*alike, other, foreign])
+    assert rows == [272 + 40 + 130, 2 * (272 - 3 * PAGE)]
+    assert engine.prefix.lookups == {"hit": 2, "unknown": 3, "given_up": 0, "no_window": 0}
+
+
+@pytest.mark.parametrize("end", ["abort", "error"])
+def test_who_waited_for_a_text_reads_it_where_its_reader_is_gone(runner, tokenizer, end: str):
+    damaged = build_model(CONFIG, 3).eval().requires_grad_(False)
+    damaged.embed_tokens.weight[301] = torch.nan
+    counting = CountingRunner(runner_for(damaged))
+    engine = Engine(counting, tokenizer, END, EngineLimits(step_tokens=512 if end == "error" else 90))  # type: ignore[arg-type]
+    stem = [64 + n * n % 211 for n in range(3 * PAGE)]
+    first, asked = engine.submit(ask([*stem, 301 if end == "error" else 70])), ask([*stem, 80], max_new_tokens=5)
+    others = [engine.submit(asked) for _ in range(2)]
+    pieces = engine.step()
+    assert counting.rows == [3 * PAGE + 1 if end == "error" else 90], "the others wait"
+    assert [piece.finish_reason for piece in pieces] == (["error"] if end == "error" else [])
+    assert (engine.abort(first) is None) == (end == "error")
+    for _ in range(40):
+        pieces += engine.step()
+    assert not engine.busy and left_over(engine) == 0
+    for request_id in others:
+        mine = [piece for piece in pieces if piece.request_id == request_id]
+        assert whole(mine, asked) == alone(runner, tokenizer, asked)
+
+
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10**6))
 def test_any_schedule_gives_each_request_the_answer_it_has_alone(runner, tokenizer, seed: int):
@@ -90,7 +159,8 @@ def test_any_schedule_gives_each_request_the_answer_it_has_alone(runner, tokeniz
         draft_tokens=chance.choice([0, 4]), kv_dtype=kv_dtype,
     )  # fmt: skip
     engine, requests = Engine(runner, tokenizer, END, limits), some_requests(chance)
-    asked = [*requests, *chance.sample(requests, 2)]  # some of them twice
+    asked = [*requests, *chance.sample(requests, 2)]  # some of them twice, some at once
+    asked = [request for request in asked for _ in range(chance.choice([1, 1, 1, 3]))]
     pieces: dict[int, list[Piece]] = {}
     ids, aborted = [], set()
     for request in asked:
@@ -210,14 +280,19 @@ def test_what_does_not_fit_is_said_with_the_numbers_before_anything_is_taken(run
     assert "kv_bytes" in refused.value.remedy and not engine.busy
     with pytest.raises(UsageError, match=r"room for 1 pages of 64 tokens .* among 2 requests"):
         Engine(runner, tokenizer, END, EngineLimits(max_active=2, kv_bytes=page_bytes(1)))
-    monkeypatch.setattr("trinity.engine.limits.free_bytes", lambda: 1000)
+    monkeypatch.setattr("trinity.kernels.heap.free_bytes", lambda: 1000)
     with pytest.raises(UsageError, match=r"kv_bytes asks for .* GiB; 0.0 GiB are free"):
         Engine(runner, tokenizer, END, EngineLimits(kv_bytes=page_bytes(20)))
-    with pytest.raises(UsageError, match="max_active is 0"):
-        EngineLimits(max_active=0)
-    with pytest.raises(UsageError, match="kv_dtype 'float16' is not offered"):
-        EngineLimits(kv_dtype="float16")  # type: ignore[arg-type]
-    assert limits_of(ServeConfig(kv_dtype="bfloat16")).kv_dtype == "bfloat16"
+    monkeypatch.setattr("trinity.kernels.heap.free_bytes", lambda: None)  # where the system does not say
+    assert Engine(runner, tokenizer, END, EngineLimits(max_active=2)).pools.tokens == 2 * pages_for(600) * PAGE
+
+
+def test_limits_lie_within_their_bounds():
+    for made, most, kind in ((EngineLimits, "max_active", "kv_dtype"), (ServeConfig, "--max-active", "--kv-dtype")):
+        with pytest.raises(ConfigError, match=f"{most} is 0"):
+            made(max_active=0)
+        with pytest.raises(ConfigError, match=f"{kind} is 'float16'. Choose float32 or bfloat16"):
+            made(kv_dtype="float16")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("length", [64, 200, 590])

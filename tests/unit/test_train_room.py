@@ -12,13 +12,14 @@ from trinity.base.units import show_bytes
 from trinity.cli.main import main
 from trinity.config.load import override
 from trinity.config.phases import PhaseConfig
+from trinity.kernels.heap import available_bytes
 from trinity.parallel.mesh import World
 from trinity.plan.layout import Layout
 from trinity.plan.memory import rank_memory
 from trinity.plan.stages import stages
 from trinity.recipes.table import recipe
 from trinity.train import loop, room
-from trinity.train.room import available_bytes, explaining_memory, needed_by, refuse_what_cannot_fit
+from trinity.train.room import explaining_memory, needed_by, refuse_what_cannot_fit
 from trinity.train.state import TrainState
 
 
@@ -109,7 +110,7 @@ def test_nothing_is_allocated_before_a_refusal(monkeypatch, debug_data, tmp_path
 
 def test_of_a_model_that_is_too_large_its_size_is_said_before_anything_else(monkeypatch, tmp_path, capsys):
     """Its layout and its mixes are not here either, which nobody can mend who has no room for it."""
-    monkeypatch.setattr(room, "available_bytes", lambda device: 32 * 2**30)
+    monkeypatch.setattr("trinity.kernels.heap.available_bytes", lambda device: 32 * 2**30)
     run = tmp_path / "run"
     assert main(["train", "large", "--out", str(run)]) == 2
     told = capsys.readouterr().err

@@ -112,10 +112,10 @@ def _refuse_what_no_layout_holds(config: Any, name: str) -> None:
     """Said before all that a layout, mixes and data could be wrong in: no setting lets a model in that is too large."""
     from trinity.base.errors import ConfigError
     from trinity.base.units import show_bytes, show_count
+    from trinity.kernels.heap import available_bytes
     from trinity.parallel.mesh import device_of
     from trinity.plan.memory import training_state_bytes
     from trinity.plan.params import count_parameters
-    from trinity.train.room import available_bytes
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     needed, free = training_state_bytes(config.model), available_bytes(device_of(config.parallel))

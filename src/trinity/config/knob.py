@@ -2,7 +2,7 @@
 
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from trinity.base.errors import ConfigError
 
@@ -50,6 +50,11 @@ class Settings:
     def __post_init__(self) -> None:
         for setting in fields(self):
             value, bounds = getattr(self, setting.name), setting.metadata["bounds"]
+            choices = get_args(setting.type) if get_origin(setting.type) is Literal else (value,)
+            if value not in choices:
+                raise ConfigError(
+                    f"{self.written(setting.name)} is {value!r}.", f"Choose {' or '.join(map(str, choices))}."
+                )
             if isinstance(value, int | float) and not isinstance(value, bool) and not bounds.hold(value):
                 finite = "" if -inf < value < inf else "finite"
                 raise ConfigError(

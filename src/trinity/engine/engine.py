@@ -7,14 +7,16 @@ is cut, and whether or not its beginning was found in the prefix cache. Greedy a
 Single-threaded: one thread calls submit, step and abort. `check` may be called from any thread.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count as counting
 
 import torch
 from torch import Tensor
 
 from trinity.base.errors import DataError, RequestError
+from trinity.config.engine import EngineLimits
 from trinity.engine.grammar import Matcher, matcher_of
-from trinity.engine.limits import EngineLimits, pools_for
+from trinity.engine.limits import pools_for
 from trinity.engine.pages import kv_bytes_per_token
 from trinity.engine.prefix import PrefixCache
 from trinity.engine.request import FinishReason, Piece, Request, TokenLogprob
@@ -43,6 +45,7 @@ class Engine:
             self.pools, self.prefix, self.limits.max_active, self.limits.step_tokens, self.limits.draft_tokens
         )
         self.drafted = self.drafts_taken = 0
+        self._masks = ThreadPoolExecutor(thread_name_prefix="mask")  # of constraints, found while the model reads
         self._ids = counting()
 
     @property
@@ -104,6 +107,9 @@ class Engine:
             return []
         wanted = [self._wanted(part) for part in parts]
         rows = [_rows(part, number) for part, number in zip(parts, wanted, strict=True)]
+        for part, number in zip(parts, wanted, strict=True):
+            if number and part.length == part.sequence.unread and part.sequence.matcher is not None:
+                part.sequence.matcher.prepare(self._masks, self.config.vocab_size)
         output = self.runner.read(rows, self.pools)
         pieces, end = [], 0
         for part, count in zip(parts, wanted, strict=True):

@@ -11,6 +11,7 @@ holds whole characters alone, and cannot end the answer.
 
 import json
 import re
+from concurrent.futures import Executor, Future
 from functools import lru_cache
 
 import numpy as np
@@ -42,6 +43,7 @@ class Matcher:
         self._control = control  # the token that llguidance takes for the end
         self._ends = ends
         self._banned = banned
+        self._prepared: Future[np.ndarray] | None = None
 
     @property
     def complete(self) -> bool:
@@ -53,11 +55,23 @@ class Matcher:
         """Whether it can only end here."""
         return self._state.is_stopped() and self.complete
 
+    def prepare(self, pool: Executor, rows: int) -> None:
+        """Have another thread find what the next `mask` needs, which must be the next call.
+
+        It runs beside the model: llguidance computes without Python's lock.
+        """
+        self._prepared = pool.submit(self._allowed, rows)
+
     def mask(self, row: Tensor) -> None:
         """Set logits [V] to -inf, in place, where the constraint has no such token here. ConstraintError if all are."""
+        prepared, self._prepared = self._prepared, None
+        allowed = self._allowed(len(row)) if prepared is None else prepared.result()
+        row.masked_fill_(~torch.from_numpy(allowed).to(row.device), float("-inf"))
+
+    def _allowed(self, rows: int) -> np.ndarray:
         bits = np.frombuffer(self._state.compute_bitmask(), np.uint8)
-        allowed = np.zeros(len(row), np.bool_)  # rows of the model without a token stay False
-        known = np.unpackbits(bits, bitorder="little")[: len(row)]
+        allowed = np.zeros(rows, np.bool_)  # rows of the model without a token stay False
+        known = np.unpackbits(bits, bitorder="little")[:rows]
         allowed[: len(known)] = known
         allowed[self._control] = False
         allowed[self._ends] = self.complete
@@ -68,7 +82,7 @@ class Matcher:
             raise ConstraintError(
                 "logit_bias forbids every token that the constraint allows next.", f"Give some of them more than {BAN}."
             )
-        row.masked_fill_(~torch.from_numpy(allowed).to(row.device), float("-inf"))
+        return allowed
 
     def accept(self, token: int) -> None:
         """Go on behind a token that `mask` allowed and that does not end the answer."""

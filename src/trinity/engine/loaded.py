@@ -17,21 +17,20 @@ import torch
 from torch import Tensor
 
 from trinity.base.errors import RequestError, UsageError, nearest
-from trinity.base.memory import free_bytes
 from trinity.base.units import show_bytes
 from trinity.ckpt.opened import StoredModel, find_model, read_model
 from trinity.ckpt.weights import PackedWeights
+from trinity.config.engine import EngineLimits, KvDtype
 from trinity.config.model import ModelConfig
 from trinity.data.progress import progress
 from trinity.engine.device import device_named
 from trinity.engine.engine import Engine, end_tokens, run
-from trinity.engine.limits import EngineLimits
 from trinity.engine.packed import kind_of, packed_bytes, read_packed
-from trinity.engine.pages import KvDtype
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, constraint_of, gather
 from trinity.engine.runner import CompiledRunner, Runner, logits_of, runner_for
 from trinity.engine.weights import NARROW, Kind, decoder_weights, kind_named, record_bytes
 from trinity.kernels.compiled import is_loaded
+from trinity.kernels.heap import available_bytes
 from trinity.text.chat import Message, render
 
 ALONE = EngineLimits(max_active=1, window_bytes=0)  # one request, nothing kept for another
@@ -98,7 +97,7 @@ def _runner(stored: StoredModel, dtype: Kind | None, where: torch.device, expert
 def _check_memory(config: ModelConfig, kind: Kind, expert_bytes: int) -> None:
     """UsageError where weights would not fit: better now than when the system ends the process."""
     experts = config.num_sparse_layers * config.num_experts * record_bytes(config, kind)
-    whole, free = packed_bytes(config, kind), free_bytes()
+    whole, free = packed_bytes(config, kind), available_bytes(torch.device("cpu"))
     needed = whole - experts + min(experts, expert_bytes or experts)
     if free is not None and needed > free:
         least = whole - experts + config.num_experts_per_tok * record_bytes(config, kind)

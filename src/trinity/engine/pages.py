@@ -12,16 +12,13 @@ A page holds one stretch of 64 tokens in all layers of its kind: [layers, key he
 values [64, C], as kernels/decoder.cpp reads them.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from trinity.config.engine import KvDtype
 from trinity.config.model import ModelConfig
 
 PAGE = 64  # tokens; kernels/pages.h knows the same number
-
-KvDtype = Literal["float32", "bfloat16"]
 KV_DTYPES: dict[KvDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

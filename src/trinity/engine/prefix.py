@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from trinity.engine.pages import PAGE, Pools
+from trinity.engine.pages import PAGE, Pools, pages_for
 from trinity.engine.sequence import Sequence
 
 REMEMBERED = 4096  # names of pages that were given up, to tell a miss from a first meeting
@@ -46,8 +46,18 @@ class PrefixCache:
     windows: "OrderedDict[bytes, int]" = field(default_factory=OrderedDict)  # bytes of each, the same order
     given_up: "OrderedDict[bytes, None]" = field(default_factory=OrderedDict)
     lookups: dict[Cause, int] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0))
+    kept_bytes: int = 0  # of all windows
     tokens_asked: int = 0
     tokens_found: int = 0
+
+    def shared(self, sequence: Sequence, other: Sequence) -> int:
+        """Of how many pages, read by `other`, a sequence could make use; 0 where no window can be kept at their end."""
+        largest = pages_for(self.pools.window) * self.pools.local.page_bytes
+        if sequence.salt != other.salt or sequence.scores or largest > self.window_bytes:
+            return 0
+        mine = self._keys(sequence, (sequence.length - 1) // PAGE)
+        others = self._keys(other, min(other.length // PAGE, len(mine)))
+        return next((n for n, (key, its) in enumerate(zip(mine, others, strict=False)) if key != its), len(others))
 
     def begin(self, sequence: Sequence) -> None:
         """Give a sequence that has read nothing what is known of its beginning, all but its last token at most."""
@@ -63,7 +73,8 @@ class PrefixCache:
             self.nodes.move_to_end(key)
         if known > usable:
             sequence.marks.add(known)  # texts part here: the next one shall find a window
-        sequence.marks.add(len(sequence.prompt) // PAGE)
+        # Where it ends, and where one that is equal goes on: its last token is read again.
+        sequence.marks |= {len(sequence.prompt) // PAGE, (len(sequence.prompt) - 1) // PAGE}
         if not usable:
             return
         self.windows.move_to_end(keys[usable - 1])
@@ -109,8 +120,10 @@ class PrefixCache:
             return
         node.window = self.pools.window_of(sequence.ring, tokens)
         self.windows[key] = node.window.nbytes
-        while self.windows and sum(self.windows.values()) > self.window_bytes:
-            oldest, _ = self.windows.popitem(last=False)
+        self.kept_bytes += node.window.nbytes
+        while self.kept_bytes > self.window_bytes:
+            oldest, size = self.windows.popitem(last=False)
+            self.kept_bytes -= size
             self.nodes[oldest].window = None
 
     def give_up_page(self) -> bool:
@@ -123,7 +136,7 @@ class PrefixCache:
 
     def _forget(self, key: bytes, node: Node) -> None:
         del self.nodes[key]
-        self.windows.pop(key, None)
+        self.kept_bytes -= self.windows.pop(key, 0)
         if node.parent:
             self.nodes[node.parent].children -= 1
         self.pools.paged.forget(node.page)

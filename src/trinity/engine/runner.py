@@ -12,9 +12,10 @@ from torch import Tensor
 
 from trinity.base.errors import CheckpointError
 from trinity.ckpt.weights import HeldWeights
+from trinity.config.engine import KvDtype
 from trinity.config.model import ModelConfig
 from trinity.engine.device import DeviceRunner
-from trinity.engine.pages import KvDtype, Pools, pages_for
+from trinity.engine.pages import Pools, pages_for
 from trinity.engine.step import ExpertReads, Output, Rows
 from trinity.engine.weights import DecoderWeights, Kind, decoder_weights
 from trinity.kernels.compiled import is_loaded

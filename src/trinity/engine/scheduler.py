@@ -4,6 +4,9 @@ A step reads at most `step_tokens`. Requests wait by client, and the client that
 first request in the queue, and its part of the prompts' tokens (virtual token counters, Sheng et al. 2024; a token of
 an answer counts twice). A client that comes back begins where the least served of the others is.
 
+What an earlier of a client's active requests is about to read, one that begins alike waits for, instead of reading it
+too: the choices of one prompt cost its reading once. Nobody else waits for that.
+
 When pages run out, those of the prefix cache go first, then the newest request is set back: it waits again, keeps its
 answer so far, and reads its text once more when there is room.
 """
@@ -66,13 +69,14 @@ class Scheduler:
     def plan(self) -> list[Part]:
         """The next step. Every part has its pages; empty only where nothing is to do."""
         self._admit()
+        self._begin()
         parts, left = [], self.step_tokens
-        for sequence in [s for s in self.active.values() if s.unread == 1]:
+        for sequence in [s for s in self.active.values() if s.reads and s.unread == 1]:
             if left > 0 and sequence.id in self.active and self._make_room(sequence, 1):
                 draft = self._draft(sequence, left - 1)
                 parts.append(Part(sequence, 1, draft))
                 left -= 1 + len(draft)
-        for sequence in sorted((s for s in self.active.values() if s.unread > 1), key=self._turn):
+        for sequence in sorted((s for s in self.active.values() if s.reads and s.unread > 1), key=self._turn):
             count = min(sequence.unread, left, SCORED_ROWS if sequence.scores else left)
             count = min(count, self._room_for(sequence))
             if count <= 0 and not parts and left and sequence.id in self.active and self._make_room(sequence, 1):
@@ -103,9 +107,29 @@ class Scheduler:
                 del self.waiting[client]
             sequence.ring = ring
             self.active[sequence.id] = sequence
+
+    def _begin(self) -> None:
+        """Let those begin whose text nobody else is reading."""
+        for sequence in self.active.values():
+            if sequence.reads or self._is_read_by_another(sequence):
+                continue
+            sequence.reads = True
             self.prefix.begin(sequence)
             if not sequence.begun:
                 sequence.begun, sequence.cached_tokens = True, min(sequence.read, len(sequence.prompt))
+
+    def _is_read_by_another(self, sequence: Sequence) -> bool:
+        """Whether one admitted before will have read what comes next; it is to keep a window where the texts part."""
+        for other in self.active.values():
+            if other is sequence:
+                return False
+            # Not for another client's turn, nor for a prompt that is scored a few rows at a time.
+            if other.reads and other.client == sequence.client and not other.scores:
+                pages = self.prefix.shared(sequence, other)
+                if other.read < pages * PAGE:
+                    other.marks.add(pages)
+                    return True
+        return False
 
     def _room_for(self, sequence: Sequence) -> int:
         """How many more tokens of a sequence have room without setting another back."""
@@ -146,4 +170,4 @@ class Scheduler:
     def _give_back(self, sequence: Sequence) -> None:
         self.pools.paged.release(sequence.pages)
         self.pools.local.release(sequence.ring)
-        sequence.pages, sequence.ring, sequence.read, sequence.kept = [], [], 0, 0
+        sequence.pages, sequence.ring, sequence.read, sequence.kept, sequence.reads = [], [], 0, 0, False

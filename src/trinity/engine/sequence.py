@@ -31,8 +31,9 @@ class Sequence:
         self.keys: list[bytes] = []  # of its full pages, as the prefix cache names them
         self.kept = 0  # of its full pages, known to the prefix cache
         self.marks: set[int] = set()  # full pages after which a window is worth keeping
-        self.cached_tokens = 0  # of the prompt, found in the prefix cache at its first admission
+        self.cached_tokens = 0  # of the prompt, found in the prefix cache when it first read
         self.begun = False
+        self.reads = False  # since its admission: what is known of its beginning was looked up
         self.decoder = StreamDecoder(tokenizer)
         self.stops = StopFinder(request.sampling.stop)
         self.matcher = matcher

@@ -1,6 +1,11 @@
-"""The heap of a process that computes on a CPU."""
+"""The memory of a process: how much it may still take, and what becomes of what it frees."""
 
 import ctypes
+import os
+
+import torch
+
+from trinity.base.memory import free_bytes
 
 _MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX = (-4, 0), (-1, 2**31 - 1), (-8, 1)  # mallopt(3); one heap for all threads
 
@@ -17,3 +22,14 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in (_MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX):
         mallopt(parameter, value)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory for one process: of its GPU, or its share of the machine's within the limits of its container.
+
+    None where the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = free_bytes()
+    return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -17,7 +17,6 @@ from trinity.base.errors import DataError, RequestError
 from trinity.base.seeds import named_seed
 from trinity.config.serve import ServeConfig
 from trinity.engine.grammar import ConstraintError
-from trinity.engine.limits import limits_of
 from trinity.engine.loaded import LoadedModel
 from trinity.engine.request import Request, SamplingParams
 from trinity.serve.answers import ChatShape, CompletionShape, Head, Shape
@@ -40,7 +39,7 @@ class Service:
         self.loaded = loaded
         self.config = config
         self.metrics = Metrics(loaded.name)
-        self.worker = Worker(loaded.engine(limits_of(config)), config, self.metrics)
+        self.worker = Worker(loaded.engine(config), config, self.metrics)
         self.metrics.watch(self.worker.engine)
         self.defaults = {name: value for name, value in loaded.generation.items() if name in DEFAULTS}
         self.started = int(time.time())

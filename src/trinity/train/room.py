@@ -6,16 +6,13 @@ may fall short, with what the allocator keeps and the copy of a save, is warned 
 shape of its own steps: what a run comes to after weeks should be known when it starts.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from trinity.base.errors import TakenError, TrinityError, out_of_memory
-from trinity.base.memory import free_bytes
 from trinity.base.units import show_bytes
 from trinity.config.run import RunConfig
+from trinity.kernels.heap import available_bytes
 from trinity.parallel.mesh import World
 from trinity.parallel.mesh import layout as lay_over
 from trinity.plan.layout import Layout
@@ -110,14 +107,3 @@ def needed_by(config: RunConfig, world: World, tokens: int = 0) -> list[tuple[st
             )
             needed.append((name, rank_memory(run, layout, in_host_memory=world.device.type == "cpu")))
     return needed
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Free memory for one process: of its GPU, or its share of the machine's within the limits of its container.
-
-    None where the system does not say.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = free_bytes()
-    return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
