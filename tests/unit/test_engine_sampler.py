@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trinity.base.errors import RequestError
 from trinity.engine.request import SamplingParams
-from trinity.engine.sampler import biased, choose, keep_min_p, keep_top_k, keep_top_p, logprobs_of, penalised
+from trinity.engine.sampler import biased, choose, drawn, keep_min_p, keep_top_k, keep_top_p, logprobs_of, penalised
 
 rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=40).map(lambda row: torch.tensor(row))
 
@@ -37,6 +37,24 @@ def test_top_k_keeps_the_k_largest(logits: torch.Tensor, k: int) -> None:
     keeps = kept(keep_top_k(logits, k))
     assert len(keeps) == min(k, len(logits))
     assert sorted(logits[list(keeps)].tolist()) == sorted(logits.tolist())[-len(keeps) :]
+
+
+@given(st.lists(st.sampled_from([-math.inf, -1.0, 0.0, 0.5, 2.0]), min_size=2, max_size=40), st.integers(1, 50))
+def test_of_equals_the_first_are_kept(row: list[float], k: int) -> None:
+    logits = torch.tensor([0.25, *row])
+    order = logits.argsort(descending=True, stable=True)
+    assert torch.equal(keep_top_k(logits, k), logits.index_fill(0, order[k:], -math.inf))
+    probabilities = logits[order].softmax(-1)
+    within = order[: int((probabilities.cumsum(-1) - probabilities < 0.9).sum())]
+    keeps = kept(keep_top_p(logits, 0.9))
+    assert abs(len(keeps) - len(within)) <= 1  # sums are rounded
+    assert keeps == kept(logits) & set(order[: len(keeps)].tolist())
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    draw = torch.Generator().manual_seed(0)
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.0, 0.5, 0.0])
+    assert {drawn(probabilities, draw) for _ in range(500)} == {1, 4}
 
 
 @given(rows, st.floats(0.0, 1.0))

@@ -19,7 +19,14 @@ def choose(
     logits = keep_top_k(logits, sampling.top_k)
     logits = keep_top_p(logits, sampling.top_p)
     logits = keep_min_p(logits, sampling.min_p)
-    return int(torch.multinomial(logits.softmax(-1), 1, generator=draw))
+    return drawn(logits.softmax(-1), draw)
+
+
+def drawn(probabilities: Tensor, draw: torch.Generator) -> int:
+    """A token by its probability, from one random number (torch.multinomial draws one for each token)."""
+    up_to = probabilities.cumsum(-1, dtype=torch.float64)
+    place = torch.rand(1, generator=draw, dtype=torch.float64, device=draw.device).to(up_to.device) * up_to[-1]
+    return int(torch.searchsorted(up_to[:-1], place, right=True))
 
 
 def biased(logits: Tensor, bias: dict[int, float]) -> Tensor:
@@ -48,18 +55,24 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """-inf everywhere but at the k largest, the lowest ids among equals; 0 keeps all."""
     if k == 0 or k >= len(logits):
         return logits
-    order = logits.argsort(descending=True, stable=True)
-    return logits.index_fill(0, order[k:], float("-inf"))
+    least = logits.topk(k).values[-1]
+    above = logits > least
+    equal = (logits == least).nonzero().flatten()
+    kept = above.index_fill(0, equal[: k - int(above.sum())], True)
+    return logits.masked_fill(~kept, float("-inf"))
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """-inf outside the smallest set of most likely tokens whose probabilities sum to at least p."""
     if p >= 1:
         return logits
-    ordered, order = logits.sort(descending=True, stable=True)
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    return logits.index_fill(0, order[(before >= p).nonzero().flatten()], float("-inf"))
+    probabilities = logits.softmax(-1)
+    # All tokens below this have less than half of 1 - p together: the set is found, and sorted, without them.
+    likely = (probabilities >= (1 - p) / 2 / len(logits)).nonzero().flatten()
+    likely = likely[logits[likely].argsort(descending=True, stable=True)]
+    ordered = probabilities[likely]
+    kept = likely[ordered.cumsum(-1) - ordered < p]
+    return torch.full_like(logits, float("-inf")).index_put((kept,), logits[kept])
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
