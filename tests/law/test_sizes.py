@@ -23,7 +23,7 @@ CEILINGS = {
     "model": 950,
     "optim": 400,
     "parallel": 1050,
-    "plan": 1800,
+    "plan": 1820,
     "recipes": 600,
     "release": 800,
     "report": 850,

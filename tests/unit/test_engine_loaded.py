@@ -195,5 +195,5 @@ def test_logits_take_nested_lists_and_refuse_what_is_no_batch(loaded: LoadedMode
 
 def test_weights_of_few_bits_are_for_cpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trinity.engine.loaded.device_named", lambda name: torch.device("cuda", 0))
-    with pytest.raises(UsageError, match="int8 is for CPUs alone. Use dtype 'bfloat16'"):
-        load(folder, dtype="int8")
+    with pytest.raises(UsageError, match="int8 is for CPUs alone. Use --device cpu"):
+        load(folder, dtype="int8", device="cuda")

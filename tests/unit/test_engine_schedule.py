@@ -281,7 +281,9 @@ def test_what_does_not_fit_is_said_with_the_numbers_before_anything_is_taken(run
     with pytest.raises(UsageError, match=r"room for 1 pages of 64 tokens .* among 2 requests"):
         Engine(runner, tokenizer, END, EngineLimits(max_active=2, kv_bytes=page_bytes(1)))
     monkeypatch.setattr("trinity.kernels.heap.free_bytes", lambda: 1000)
-    with pytest.raises(UsageError, match=r"kv_bytes asks for .* GiB; 0.0 GiB are free"):
+    with pytest.raises(
+        UsageError, match=r"may take .* of pages, .* of rings for 8 requests, .* of windows; 1000 B are free"
+    ):
         Engine(runner, tokenizer, END, EngineLimits(kv_bytes=page_bytes(20)))
     monkeypatch.setattr("trinity.kernels.heap.free_bytes", lambda: None)  # where the system does not say
     assert Engine(runner, tokenizer, END, EngineLimits(max_active=2)).pools.tokens == 2 * pages_for(600) * PAGE

@@ -13,6 +13,7 @@ with --expert-bytes its experts may stay on the disk. It is written a tensor at 
 """
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,7 +104,9 @@ def _write_packed(stored: "StoredModel", out: Path, dtype: str) -> None:
     import torch
 
     from trinity.base.durable import folder_aside, write_json
+    from trinity.base.errors import UsageError
     from trinity.base.lineage import LINEAGE
+    from trinity.base.units import show_bytes
     from trinity.ckpt.hf import published_config
     from trinity.ckpt.model_folder import write_companions
     from trinity.data.progress import progress
@@ -111,7 +114,13 @@ def _write_packed(stored: "StoredModel", out: Path, dtype: str) -> None:
     from trinity.engine.weights import kind_named
 
     kind = kind_named(dtype)
-    with folder_aside(out) as aside, progress(f"Packing {stored.name}", packed_bytes(stored.config, kind)) as advance:
+    needed, there = packed_bytes(stored.config, kind), next(place for place in out.absolute().parents if place.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise UsageError(
+            f"{out} would take {show_bytes(needed)}; {show_bytes(free)} are free there.", "Make room first."
+        )
+    with folder_aside(out) as aside, progress(f"Packing {stored.name}", needed) as advance:
         write_json(aside / "config.json", published_config(stored.config, torch.bfloat16, stored.load_balance_coeff))
         write_companions(aside, stored.config, stored.tokenizer, stored.ends_turns)
         if stored.generation:

@@ -74,7 +74,7 @@ def tell_reads(model: "LoadedModel") -> None:
         asked = max(1, reads.hits + reads.misses)
         print(
             f"experts: {reads.hits / asked:.0%} of {asked:,} were in memory, {show_bytes(reads.bytes)} read, "
-            f"{show_seconds(reads.stalled_seconds)} waited for them",
+            f"{show_seconds(reads.stalled_seconds)} in which a thread had to wait",
             file=sys.stderr,
         )
 

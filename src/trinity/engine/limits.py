@@ -3,31 +3,39 @@
 import torch
 
 from trinity.base.errors import UsageError
+from trinity.base.units import show_bytes
 from trinity.config.engine import EngineLimits
 from trinity.config.model import ModelConfig
-from trinity.engine.pages import PAGE, Pools, kv_bytes_per_token, pages_for
+from trinity.engine.pages import PAGE, Pools, kv_bytes_per_token, pages_for, ring_bytes
 from trinity.kernels.heap import available_bytes
 
-SHARE = 0.5  # of the memory that is free, which keys and values may take where nobody says how much
+SHARE = 0.5  # of the memory that is free, which pages may take where nobody says how much
 
 
 def pools_for(config: ModelConfig, limits: EngineLimits, device: torch.device) -> Pools:
-    """Room for keys and values as the limits have it. UsageError where it would not hold even one page a request."""
-    each = max(1, kv_bytes_per_token(config, limits.kv_dtype))
-    wanted = limits.max_active * pages_for(config.max_position_embeddings)
-    free = available_bytes(device)
+    """Room for keys and values as the limits have it. UsageError where it would not hold even one page a request.
+
+    Pages, rings and windows are taken little by little; the sum of them all must be free now.
+    """
+    page = PAGE * max(1, kv_bytes_per_token(config, limits.kv_dtype))
+    rings = limits.max_active * ring_bytes(config, limits.step_tokens, limits.kv_dtype)
+    wanted, free = limits.max_active * pages_for(config.max_position_embeddings), available_bytes(device)
     if limits.kv_bytes:
-        pages = min(wanted, limits.kv_bytes // (each * PAGE))
-        if free is not None and pages * each * PAGE > free:
-            raise UsageError(
-                f"kv_bytes asks for {pages * each * PAGE / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free.",
-                "Give less, or free memory.",
-            )
+        pages = min(wanted, limits.kv_bytes // page)
     else:
-        pages = wanted if free is None else min(wanted, int(SHARE * free) // (each * PAGE))
+        rest = wanted * page if free is None else int(SHARE * (free - rings - limits.window_bytes))
+        pages = min(wanted, max(0, rest // page))
+    needed = pages * page + rings + limits.window_bytes
+    if free is not None and needed > free:
+        raise UsageError(
+            f"Keys and values may take {show_bytes(needed)}: {show_bytes(pages * page)} of pages, {show_bytes(rings)} "
+            f"of rings for {limits.max_active} requests, {show_bytes(limits.window_bytes)} of windows; "
+            f"{show_bytes(free)} are free.",
+            "Lower kv_bytes, max_active, step_tokens or window_bytes, or free memory.",
+        )
     if pages < limits.max_active:
         raise UsageError(
-            f"There is room for {pages} pages of 64 tokens ({each * PAGE / 2**20:.1f} MiB each) among "
+            f"There is room for {pages} pages of 64 tokens ({page / 2**20:.1f} MiB each) among "
             f"{limits.max_active} requests.",
             "Raise kv_bytes, lower max_active, or free memory.",
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 from trinity.base.errors import RequestError, UsageError, nearest
 from trinity.base.units import show_bytes
 from trinity.ckpt.opened import StoredModel, find_model, read_model
-from trinity.ckpt.weights import PackedWeights
+from trinity.ckpt.weights import PackedWeights, keep_precision
 from trinity.config.engine import EngineLimits, KvDtype
 from trinity.config.model import ModelConfig
 from trinity.data.progress import progress
@@ -28,9 +28,11 @@ from trinity.engine.engine import Engine, end_tokens, run
 from trinity.engine.packed import kind_of, packed_bytes, read_packed
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, constraint_of, gather
 from trinity.engine.runner import CompiledRunner, Runner, logits_of, runner_for
-from trinity.engine.weights import NARROW, Kind, decoder_weights, kind_named, record_bytes
+from trinity.engine.weights import NARROW, Kind, decoder_weights, kind_named
 from trinity.kernels.compiled import is_loaded
 from trinity.kernels.heap import available_bytes
+from trinity.model.init import build_on_meta
+from trinity.plan.inference import record_bytes
 from trinity.text.chat import Message, render
 
 ALONE = EngineLimits(max_active=1, window_bytes=0)  # one request, nothing kept for another
@@ -61,51 +63,76 @@ def load(
     """
     kind = None if dtype is None else kind_named(dtype)
     alone = replace(ALONE, kv_dtype=kv_dtype)
-    where = device_named(device)
+    device_named(device)
     stored = find_model(path)
-    return LoadedModel(stored, _runner(stored, kind, where, expert_bytes), alone)
+    return LoadedModel(stored, _runner(stored, kind, device, expert_bytes), alone)
 
 
-def _runner(stored: StoredModel, dtype: Kind | None, where: torch.device, expert_bytes: int) -> Runner:
+def _runner(stored: StoredModel, dtype: Kind | None, device: str, expert_bytes: int) -> Runner:
     packed = stored.weights.file if isinstance(stored.weights, PackedWeights) else None
-    on_cpu = where.type == "cpu"
-    kind = kind_of(packed) if packed is not None else dtype or ("float32" if on_cpu else "bfloat16")
+    for_cpus = packed is not None or dtype in NARROW
+    where = device_named("cpu" if device == "auto" and for_cpus else device)
+    kind = kind_of(packed) if packed is not None else dtype or ("float32" if where.type == "cpu" else "bfloat16")
     if dtype not in (None, kind):
         raise UsageError(f"{stored.folder} is packed in {kind}, not in {dtype}.", f"Leave --dtype {dtype} away.")
-    if expert_bytes and packed is None:
-        raise UsageError(
-            f"{stored.folder} is not packed, so its experts cannot stay on the disk.",
-            f"Write a packed folder first: trinity export {stored.folder} OUT --format packed --dtype int4.",
-        )
-    if not on_cpu and (packed is not None or kind in NARROW):
-        what = "A packed folder" if packed is not None else kind
-        raise UsageError(f"{what} is for CPUs alone.", "Use dtype 'bfloat16', or device 'cpu'.")
-    if not is_loaded() and (packed is not None or kind in NARROW):
-        raise UsageError(
-            f"{'A packed folder' if packed is not None else kind} needs the compiled kernels.",
-            "Install g++" + ("." if packed is not None else ", or use dtype 'bfloat16'."),
-        )
-    if not on_cpu or not is_loaded():
+    what = "A packed folder" if packed is not None else kind
+    if for_cpus and where.type != "cpu":
+        raise UsageError(f"{what} is for CPUs alone.", "Use --device cpu, or the model in bfloat16.")
+    if for_cpus and not is_loaded():
+        raise UsageError(f"{what} needs the compiled kernels.", "Install g++, or use the model in bfloat16.")
+    if where.type != "cpu" or not is_loaded():
+        _refuse_expert_bytes(stored, expert_bytes)
+        _check_memory(kind, _plain_bytes(stored.config, kind), where)
         return runner_for(read_model(stored, kind).model.to(where))
-    _check_memory(stored.config, kind, expert_bytes)
     if packed is not None:
+        _check_budget(stored.config, kind, expert_bytes)
         return CompiledRunner(read_packed(packed, stored.config, expert_bytes))
+    _refuse_expert_bytes(stored, expert_bytes)
+    _check_memory(kind, packed_bytes(stored.config, kind), where)
     with progress(f"Packing {stored.name} in {kind}", packed_bytes(stored.config, kind)) as advance:
         return CompiledRunner(decoder_weights(stored.config, stored.weights, kind, advance))
 
 
-def _check_memory(config: ModelConfig, kind: Kind, expert_bytes: int) -> None:
-    """UsageError where weights would not fit: better now than when the system ends the process."""
-    experts = config.num_sparse_layers * config.num_experts * record_bytes(config, kind)
-    whole, free = packed_bytes(config, kind), available_bytes(torch.device("cpu"))
-    needed = whole - experts + min(experts, expert_bytes or experts)
-    if free is not None and needed > free:
-        least = whole - experts + config.num_experts_per_tok * record_bytes(config, kind)
+def _refuse_expert_bytes(stored: StoredModel, expert_bytes: int) -> None:
+    if expert_bytes:
         raise UsageError(
-            f"The weights in {kind} take {show_bytes(needed)}; {show_bytes(free)} are free.",
-            "Free memory, choose fewer bits, or leave experts of a packed folder on the disk with --expert-bytes: "
-            f"{show_bytes(least)} are needed at least.",
+            f"{stored.folder} is not packed, so its experts cannot stay on the disk.",
+            f"Write a packed folder first: trinity export {stored.folder} OUT --format packed --dtype int4.",
         )
+
+
+def _plain_bytes(config: ModelConfig, kind: Kind) -> int:
+    """Of the model's own weights."""
+    dtype = getattr(torch, kind)
+    state = build_on_meta(config).state_dict()
+    return sum(keep_precision(name, meta, dtype).nbytes for name, meta in state.items())
+
+
+def _check_budget(config: ModelConfig, kind: Kind, expert_bytes: int) -> None:
+    """UsageError where a packed folder would not fit with this budget, or the budget holds no two experts."""
+    record = record_bytes(config, kind)
+    experts = config.num_sparse_layers * config.num_experts * record
+    if expert_bytes < 0 or 0 < expert_bytes < min(2 * record, experts):
+        raise UsageError(
+            f"expert_bytes is {show_bytes(expert_bytes)}; an expert of this model has {show_bytes(record)}.",
+            f"Give two of them room at least; one token's layer has {show_bytes(config.num_experts_per_tok * record)}.",
+        )
+    always = packed_bytes(config, kind) - experts
+    _check_memory(
+        kind, always + min(experts, expert_bytes or experts), torch.device("cpu"),
+        f", or leave experts on the disk with --expert-bytes: {show_bytes(always + 2 * record)} are needed at least",
+    )  # fmt: skip
+
+
+def _check_memory(kind: Kind, needed: int, where: torch.device, otherwise: str = "") -> None:
+    """UsageError where weights would not fit: better now than when the system ends the process."""
+    for device in {torch.device("cpu"), where}:  # what goes to a GPU is read into memory first
+        free = available_bytes(device)
+        if free is not None and needed > free:
+            raise UsageError(
+                f"The weights in {kind} take {show_bytes(needed)}; {show_bytes(free)} are free on the {device.type}.",
+                f"Free memory, choose fewer bits{otherwise}.",
+            )
 
 
 class LoadedModel:

@@ -3,7 +3,7 @@
     OUT/config.json, tokenizer.json, ...    as in a Hugging Face folder
     OUT/packed.safetensors                  every tensor of `layout`, then `sums`: one number for each part of `pack`
 
-The sums (kernels/expert_cache.h) are checked whenever a part is read, at the start or in the middle of an answer.
+The sums (kernels/checksum.h) are checked whenever a part is read, at the start or in the middle of an answer.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trinity.base.errors import CheckpointError, UsageError
-from trinity.base.units import show_bytes
+from trinity.base.errors import CheckpointError
 from trinity.ckpt.opened import PACKED, StoredModel
 from trinity.ckpt.tensor_file import TensorFile, header_of
 from trinity.config.model import ModelConfig
-from trinity.engine.weights import KINDS, DecoderWeights, Kind, Place, kind_named, layout, pack, record_bytes
+from trinity.engine.weights import KINDS, DecoderWeights, Kind, Place, kind_named, layout, pack
+from trinity.kernels.compiled import is_loaded
+from trinity.plan.inference import record_bytes
 
 FORMAT = "trinity-packed-1"
 SUMS = "sums"
@@ -37,7 +38,7 @@ def write_packed(
     with (folder / PACKED).open("wb") as file:
         file.write(header_of(tensors, {"format": FORMAT, "kind": kind}))
         for number, (_, part) in enumerate(pack(stored.config, stored.weights, kind)):
-            sums[number] = sum_of(part)
+            sums[number] = checksum(part)
             file.write(_bytes_of(part).numpy().data)
             advance(part.nbytes)
         file.write(_bytes_of(sums).numpy().data)
@@ -59,7 +60,8 @@ def read_packed(file: TensorFile, config: ModelConfig, expert_bytes: int = 0) ->
             raise CheckpointError(f"{file.path} holds another {place.name} than config.json asks for.", AGAIN)
     if SUMS not in file.tensors or file.tensors[SUMS].shape != (_parts(places),):
         raise CheckpointError(f"{file.path} lacks the sums of its tensors.", AGAIN)
-    streamed = 0 < expert_bytes < _experts(places) * record_bytes(config, kind)
+    record = record_bytes(config, kind)
+    streamed = 0 < expert_bytes < _experts(places) * record
     sums, tensors, of_experts, first = file.read(SUMS), {}, [], 0
     for place in places:
         count = _parts([place])
@@ -69,19 +71,13 @@ def read_packed(file: TensorFile, config: ModelConfig, expert_bytes: int = 0) ->
             continue
         tensors[place.name] = file.read(place.name)
         for part, wanted in zip(tensors[place.name] if count > 1 else [tensors[place.name]], here, strict=True):
-            if sum_of(part) != int(wanted):
+            if checksum(part) != int(wanted):
                 raise CheckpointError(f"{file.path}: the bytes of {place.name} have changed.", "Copy the file again.")
     if not streamed:
         return DecoderWeights(config, kind, tensors)
     starts = [file.tensors[place.name].start for place in places if _holds_experts(place)]
-    record, slots = record_bytes(config, kind), expert_bytes // record_bytes(config, kind)
-    if slots < 2:
-        raise UsageError(
-            f"expert_bytes is {show_bytes(expert_bytes)}; an expert of this model has {show_bytes(record)}.",
-            f"Give two of them room at least; one token's layer has {show_bytes(config.num_experts_per_tok * record)}.",
-        )
     cache = torch.classes.trinity.ExpertCache(
-        str(file.path), starts, config.num_experts, record, slots, torch.cat(of_experts)
+        str(file.path), starts, config.num_experts, record, expert_bytes // record, torch.cat(of_experts)
     )
     return DecoderWeights(config, kind, tensors, cache)
 
@@ -93,10 +89,24 @@ def kind_of(file: TensorFile) -> Kind:
     return kind_named(kind)
 
 
-def sum_of(part: Tensor) -> int:
-    """Of its 64-bit words w: the sum of w[i] (2 i + 1), modulo 2^64, as ExpertCache::sum_of has it."""
-    words = torch.nn.functional.pad(_bytes_of(part), (0, -part.nbytes % 8)).view(torch.int64)
-    return int((words * torch.arange(1, 2 * len(words), 2)).sum()) if len(words) else 0
+def checksum(part: Tensor) -> int:
+    """Of a part's bytes: see kernels/checksum.h."""
+    return torch.ops.trinity.checksum(_bytes_of(part)) if is_loaded() else checksum_plainly(part)
+
+
+def checksum_plainly(part: Tensor) -> int:
+    """The twin."""
+    bytes_ = _bytes_of(part)
+    words = torch.nn.functional.pad(bytes_, (0, -len(bytes_) % 8)).view(torch.int64)
+    mixed = words ^ torch.arange(1, len(words) + 1) * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ mixed >> shift & (1 << 64 - shift) - 1) * _signed(factor)
+    mixed = mixed ^ mixed >> 31 & (1 << 33) - 1
+    return int(mixed.sum())
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
 
 
 def _bytes_of(part: Tensor) -> Tensor:

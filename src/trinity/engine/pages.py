@@ -101,9 +101,8 @@ class Pools:
     ) -> None:
         where, dtype = torch.device("cpu") if device is None else device, KV_DTYPES[kv_dtype]
         self.window = config.sliding_window
-        # A step's tokens go in before any of them is read, and window and step may begin anywhere in a page.
-        self.ring_pages = pages_for(config.sliding_window + step_tokens) + 1
-        globals_ = sum(config.is_global(layer) for layer in range(config.num_hidden_layers))
+        self.ring_pages = ring_pages(config, step_tokens)
+        globals_ = _global_layers(config)
         self.paged = Pool(pages, globals_, config, where, dtype)
         self.local = Pool(rings * self.ring_pages, config.num_hidden_layers - globals_, config, where, dtype)
 
@@ -135,7 +134,26 @@ class Pools:
         return [ring[block % self.ring_pages] for block in range(first, tokens // PAGE)]
 
 
+def ring_pages(config: ModelConfig, step_tokens: int) -> int:
+    """A step's tokens go in before any of them is read, and window and step may begin anywhere in a page."""
+    return pages_for(config.sliding_window + step_tokens) + 1
+
+
+def ring_bytes(config: ModelConfig, step_tokens: int, kv_dtype: KvDtype) -> int:
+    """Of one sequence, in all local layers."""
+    locals_ = config.num_hidden_layers - _global_layers(config)
+    return ring_pages(config, step_tokens) * PAGE * locals_ * _layer_bytes(config, kv_dtype)
+
+
 def kv_bytes_per_token(config: ModelConfig, kv_dtype: KvDtype = "float32") -> int:
     """Of one token in all global layers."""
-    globals_ = sum(config.is_global(layer) for layer in range(config.num_hidden_layers))
-    return globals_ * config.num_key_value_heads * config.head_dim * 2 * KV_DTYPES[kv_dtype].itemsize
+    return _global_layers(config) * _layer_bytes(config, kv_dtype)
+
+
+def _global_layers(config: ModelConfig) -> int:
+    return sum(config.is_global(layer) for layer in range(config.num_hidden_layers))
+
+
+def _layer_bytes(config: ModelConfig, kv_dtype: KvDtype) -> int:
+    """Of one token in one layer."""
+    return config.num_key_value_heads * config.head_dim * 2 * KV_DTYPES[kv_dtype].itemsize

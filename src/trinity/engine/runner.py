@@ -74,12 +74,12 @@ class CompiledRunner:
         return ExpertReads(hits, misses, read, nanoseconds / 1e9)
 
 
-def runner_for(model: Transformer, kind: Kind | None = None) -> Runner:
-    """Compiled where the model is on a CPU and the kernels are there, else plain. `kind`: None is that of the model."""
+def runner_for(model: Transformer) -> Runner:
+    """Compiled where the model is on a CPU and the kernels are there, else plain."""
     weight = model.embed_tokens.weight
-    own: Kind = "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
+    kind: Kind = "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
     if weight.device.type == "cpu" and is_loaded():
-        return CompiledRunner(decoder_weights(model.config, HeldWeights(model.state_dict()), kind or own))
+        return CompiledRunner(decoder_weights(model.config, HeldWeights(model.state_dict()), kind))
     return DeviceRunner(model)
 
 

@@ -48,7 +48,7 @@ class ExpertReads(NamedTuple):
     hits: int  # were in memory
     misses: int  # had to be read from the file
     bytes: int  # read
-    stalled_seconds: float  # in which some thread waited for a read
+    stalled_seconds: float  # in which a thread had to wait for an expert
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trinity.base.errors import UsageError
+from trinity.base.errors import CheckpointError, UsageError
 from trinity.ckpt.weights import Weights
 from trinity.config.model import ModelConfig
-from trinity.kernels.compiled import fits
+from trinity.kernels.compiled import is_loaded
+from trinity.plan.inference import GROUP, PANEL, matrix_bytes, record_bytes
 
 Kind = Literal["float32", "bfloat16", "int8", "int4"]
 KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4")  # in the order of kernels/panels.h
 NARROW = ("int8", "int4")
-PANEL, GROUP = 64, 32
+WIDEST = 65504 * 7  # of 4 bits, whose scale is a float16
 _BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
@@ -39,18 +40,20 @@ def fitted(kind: Kind, depth: int) -> Kind:
     return "float32" if depth % GROUP and kind in NARROW else kind
 
 
-def matrix_bytes(outputs: int, depth: int, kind: Kind) -> int:
-    """Of a matrix [outputs, depth]."""
-    kind, width = fitted(kind, depth), -(-outputs // PANEL) * PANEL
-    return width * depth * _BITS[kind] // 8 + (width * depth // GROUP * 2 if kind in NARROW else 0)
-
-
-def packed(matrices: Tensor, kind: Kind) -> Tensor:
-    """matrices [..., N, K] -> uint8 [..., bytes of one]."""
-    matrices = matrices.float()
-    if not fits(matrices):
-        return packed_plainly(matrices, kind)
+def packed(matrices: Tensor, kind: Kind, name: str = "A matrix") -> Tensor:
+    """matrices [..., N, K] -> uint8 [..., bytes of one]. CheckpointError where 8 or 4 bits cannot keep a value."""
     *stack, outputs, depth = matrices.shape
+    if matrices.numel() and fitted(kind, depth) in NARROW:
+        low, high = matrices.aminmax()  # a nan makes both nan
+        if not (low >= -WIDEST and high <= WIDEST):
+            raise CheckpointError(
+                f"{name} has values from {float(low):g} to {float(high):g}, which {kind} cannot keep.",
+                "Its weights are damaged, or need --dtype bfloat16.",
+            )
+    if matrices.dtype != torch.bfloat16:
+        matrices = matrices.float()
+    if matrices.device.type != "cpu" or not is_loaded():
+        return packed_plainly(matrices, kind)
     out = torch.empty(*stack, matrix_bytes(outputs, depth, kind), dtype=torch.uint8)
     torch.ops.trinity.pack(matrices.reshape(-1, outputs, depth).contiguous(), KINDS.index(kind), out)
     return out
@@ -135,12 +138,6 @@ class Place(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def record_bytes(config: ModelConfig, kind: Kind) -> int:
-    """Of one expert."""
-    width, hidden = config.hidden_size, config.moe_intermediate_size
-    return matrix_bytes(interleaved_rows(hidden), width, kind) + matrix_bytes(width, hidden, kind)
-
-
 def layout(config: ModelConfig, kind: Kind) -> list[Place]:
     """Every tensor of the decoder, in the order in which it takes them."""
     width, heads, size = config.hidden_size, config.num_attention_heads, config.head_dim
@@ -190,11 +187,11 @@ def pack(config: ModelConfig, weights: Weights, kind: Kind) -> Iterator[tuple[st
     """The values of `layout`, in its order: each tensor whole, or an expert at a time. Holds little more than one."""
 
     def matrix(name: str, kind: Kind = kind) -> Tensor:
-        return packed(weights.tensor(f"{name}.weight"), kind)
+        return packed(weights.tensor(f"{name}.weight"), kind, name)
 
     def feed_forward(name: str, ours: str) -> Iterator[tuple[str, Tensor]]:
         gate, up = (weights.tensor(f"{ours}.{part}_proj.weight") for part in ("gate", "up"))
-        yield f"{name}.gate_up", packed(interleaved(gate, up), kind)
+        yield f"{name}.gate_up", packed(interleaved(gate, up), kind, ours)
         yield f"{name}.down", matrix(f"{ours}.down_proj")
 
     embedding = weights.tensor("embed_tokens.weight")
@@ -206,7 +203,7 @@ def pack(config: ModelConfig, weights: Weights, kind: Kind) -> Iterator[tuple[st
         for norm in _NORMS:
             yield f"{block}.{norm}", weights.tensor(f"{block}.{norm}.weight").float()
         heads = [weights.tensor(f"{block}.self_attn.{part}_proj.weight") for part in ("q", "k", "v", "gate")]
-        yield f"{block}.heads", packed(torch.cat(heads), kind)
+        yield f"{block}.heads", packed(torch.cat(heads), kind, f"{block}.self_attn")
         yield f"{block}.out", matrix(f"{block}.self_attn.o_proj")
         mlp = f"{block}.mlp"
         if not config.is_sparse(layer):
@@ -214,7 +211,8 @@ def pack(config: ModelConfig, weights: Weights, kind: Kind) -> Iterator[tuple[st
             continue
         stacks = (weights.experts(f"{mlp}.experts.{part}") for part in ("gate_up_proj", "down_proj"))
         for (gate, up), down in zip(*stacks, strict=True):
-            yield f"{block}.experts", torch.cat((packed(interleaved(gate, up), kind), packed(down, kind)))
+            parts = (packed(part, kind, f"{mlp}.experts") for part in (interleaved(gate, up), down))
+            yield f"{block}.experts", torch.cat(tuple(parts))
         yield f"{block}.router", matrix(f"{mlp}.router.gate", "float32")
         yield f"{block}.expert_bias", weights.tensor(f"{mlp}.expert_bias").float()
         if config.num_shared_experts:

@@ -48,6 +48,7 @@ for _schema in (
 ):
     _OPERATORS.define(_schema)
     _OPERATORS.impl(_schema.partition("(")[0], lambda *_: None, "Meta")
+_OPERATORS.define("checksum(Tensor bytes) -> int")
 _OPERATORS.define("use_amx(bool wanted) -> bool")  # from now on; whether it is there and lent by Linux, too
 
 

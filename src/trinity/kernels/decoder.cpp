@@ -192,6 +192,7 @@ class Decoder : public torch::CustomClassHolder {
   // rows each expert was given. Returns of each wanted row the first of its greatest logits, -1 where one is not finite.
   std::vector<int64_t> forward(const std::vector<int64_t>& step, const at::Tensor& paged, const at::Tensor& local,
                                const at::Tensor& out, const at::Tensor& counts) {
+    if (cache_) cache_->check_process();
     take_in(step);
     TORCH_CHECK(out.numel() == static_cast<int64_t>(wanted_.size()) * vocabulary_, "logits of another size");
     take_pool(pools_[1], paged), take_pool(pools_[0], local);

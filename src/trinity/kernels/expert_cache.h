@@ -30,33 +30,39 @@
 #include <utility>
 #include <vector>
 
+#include "checksum.h"
+
 namespace trinity {
 
 class ExpertCache : public torch::CustomClassHolder {
  public:
   // starts: where in the file the records of each layer begin, end to end, `record` bytes each; sums [layers x experts]:
-  // see sum_of. Takes slots x record bytes of memory, little by little.
+  // their checksums. Takes slots x record bytes of memory at once: what was promised is then there, and others can count
+  // on what is left.
   ExpertCache(std::string file, std::vector<int64_t> starts, int64_t experts, int64_t record, int64_t slots, at::Tensor sums)
       : file_(std::move(file)), starts_(std::move(starts)), experts_(experts), record_(record), sums_(std::move(sums)) {
     TORCH_CHECK(slots >= 2 && record > 0 && record % 64 == 0 && sums_.is_contiguous() && sums_.scalar_type() == at::kLong);
     TORCH_CHECK(sums_.numel() == static_cast<int64_t>(starts_.size()) * experts);
-    descriptor_ = open(file_.c_str(), O_RDONLY | O_CLOEXEC);
-    TORCH_CHECK(descriptor_ >= 0, file_, " cannot be opened: ", std::strerror(errno));
     memory_ = at::empty({slots * record + 64}, at::kByte);
+    std::memset(memory_.mutable_data_ptr(), 0, memory_.nbytes());
     slots_ = std::vector<Slot>(slots);
     place_.assign(sums_.numel(), -1), heat_.assign(sums_.numel(), -std::numeric_limits<double>::infinity());
     clock_.assign(starts_.size(), 0);
-    for (int i = 0; i < kReaders; ++i) readers_.emplace_back([this] { read_on(); });
+    descriptor_ = open(file_.c_str(), O_RDONLY | O_CLOEXEC);
+    TORCH_CHECK(descriptor_ >= 0, file_, " cannot be opened: ", std::strerror(errno));
+    try {
+      for (int i = 0; i < kReaders; ++i) readers_.emplace_back([this] { read_on(); });
+    } catch (...) {
+      stop();
+      throw;
+    }
   }
 
-  ~ExpertCache() override {
-    {
-      const std::lock_guard lock(mutex_);
-      over_ = true;
-    }
-    wanted_.notify_all();
-    for (std::thread& reader : readers_) reader.join();
-    close(descriptor_);
+  ~ExpertCache() override { stop(); }
+
+  // Before a step: a process that forked has no readers.
+  void check_process() const {
+    TORCH_CHECK(getpid() == process_, "experts on the disk cannot be read after a fork: load the model in the new process");
   }
 
   // Ask for the experts `used` of a layer, whose rows are those of `ends` (expert e has ends[e] .. ends[e + 1]); puts those
@@ -64,9 +70,8 @@ class ExpertCache : public torch::CustomClassHolder {
   int64_t begin(int64_t layer, std::vector<int64_t>& used, const std::vector<int64_t>& ends, int64_t rows) {
     const std::lock_guard lock(mutex_);
     ++epoch_, wave_ = 0, layer_ = layer;
-    for (Slot& slot : slots_) {
-      if (slot.state == State::kFailed) leave(slot);
-    }
+    for (const int64_t place : failed_) leave(slots_[place]);
+    failed_.clear();
     clock_[layer] += rows;
     for (const int64_t e : used) warm(layer * experts_ + e, ends[e + 1] - ends[e], clock_[layer]);
     std::stable_partition(used.begin(), used.end(), [&](int64_t e) { return place_[layer * experts_ + e] >= 0; });
@@ -113,14 +118,6 @@ class ExpertCache : public torch::CustomClassHolder {
     return std::exchange(failure_, {});
   }
 
-  // Of whole 64-bit words w: the sum of w[i] (2 i + 1), modulo 2^64. Each factor is odd: no change of one word goes unseen.
-  static uint64_t sum_of(const char* record, int64_t bytes) {
-    const auto* words = reinterpret_cast<const uint64_t*>(record);
-    uint64_t sum = 0;
-    for (int64_t i = 0; i < bytes / 8; ++i) sum += words[i] * static_cast<uint64_t>(2 * i + 1);
-    return sum;
-  }
-
  private:
   static constexpr int kReaders = 4;  // so that a disk has several reads before it
   static constexpr double kHalfLife = 512;
@@ -131,6 +128,20 @@ class ExpertCache : public torch::CustomClassHolder {
     Slot() = default;
     Slot(const Slot&) {}  // only empty ones are copied
   };
+
+  void stop() {
+    if (getpid() != process_) {  // the readers are another process's
+      for (std::thread& reader : readers_) reader.detach();
+    } else {
+      {
+        const std::lock_guard lock(mutex_);
+        over_ = true;
+      }
+      wanted_.notify_all();
+      for (std::thread& reader : readers_) reader.join();
+    }
+    close(descriptor_);
+  }
 
   char* record_at(int64_t place) {
     const auto first = (reinterpret_cast<uintptr_t>(memory_.mutable_data_ptr()) + 63) / 64 * 64;
@@ -150,35 +161,45 @@ class ExpertCache : public torch::CustomClassHolder {
   }
 
   void request(int64_t wave) {
-    const int64_t count = static_cast<int64_t>(used_.size());
-    for (int64_t i = wave * wave_size_; i < std::min(count, (wave + 1) * wave_size_); ++i) {
-      const int64_t expert = layer_ * experts_ + used_[i];
-      const bool here = place_[expert] >= 0;
-      if (!here) {
-        const int64_t place = coldest();
-        Slot& slot = slots_[place];
-        leave(slot);
-        slot.expert = expert, slot.state = State::kLoading;
-        place_[expert] = place;
-        jobs_.push_back(place);
+    const auto begin = used_.begin() + std::min<int64_t>(wave * wave_size_, used_.size());
+    const auto end = used_.begin() + std::min<int64_t>((wave + 1) * wave_size_, used_.size());
+    missing_.clear();
+    for (auto e = begin; e != end; ++e) {
+      const int64_t expert = layer_ * experts_ + *e, place = place_[expert];
+      if (place < 0) {
+        missing_.push_back(expert);
+      } else {
+        slots_[place].epoch = epoch_, slots_[place].wave = wave;
       }
-      ++(here ? hits_ : misses_);
-      slots_[place_[expert]].epoch = epoch_, slots_[place_[expert]].wave = wave;
     }
-    if (!jobs_.empty()) wanted_.notify_all();
+    misses_ += missing_.size(), hits_ += end - begin - missing_.size();
+    if (missing_.empty()) return;
+    give_up(missing_.size());
+    for (size_t i = 0; i < missing_.size(); ++i) {
+      Slot& slot = slots_[victims_[i]];
+      leave(slot);
+      slot.expert = missing_[i], slot.state = State::kLoading, slot.epoch = epoch_, slot.wave = wave;
+      place_[missing_[i]] = victims_[i];
+      jobs_.push_back(victims_[i]);
+    }
+    wanted_.notify_all();
   }
 
-  // The slot to give up: an empty one, or that of the least heat which the present waves do not use.
-  int64_t coldest() const {
-    int64_t best = -1;
+  // Find the slots to give up: empty ones, then those of the least heat which the present waves do not use.
+  void give_up(size_t count) {
+    victims_.clear();
     for (int64_t place = 0; place < static_cast<int64_t>(slots_.size()); ++place) {
       const Slot& slot = slots_[place];
-      if (slot.expert < 0) return place;
       const bool in_use = slot.state == State::kLoading || (slot.epoch == epoch_ && slot.wave >= wave_);
-      if (!in_use && (best < 0 || heat_[slot.expert] < heat_[slots_[best].expert])) best = place;
+      if (slot.expert < 0 || !in_use) victims_.push_back(place);
     }
-    TORCH_INTERNAL_ASSERT(best >= 0, "two waves fit into the slots");
-    return best;
+    TORCH_INTERNAL_ASSERT(victims_.size() >= count, "two waves fit into the slots");
+    const auto heat = [&](int64_t place) {
+      const int64_t expert = slots_[place].expert;
+      return expert < 0 ? -std::numeric_limits<double>::infinity() : heat_[expert];
+    };
+    std::nth_element(victims_.begin(), victims_.begin() + count - 1, victims_.end(),
+                     [&](int64_t a, int64_t b) { return heat(a) < heat(b); });
   }
 
   void read_on() {
@@ -194,6 +215,7 @@ class ExpertCache : public torch::CustomClassHolder {
       lock.lock();
       bytes_ += wrong.empty() ? record_ : 0;
       slots_[place].state.store(wrong.empty() ? State::kReady : State::kFailed, std::memory_order_release);
+      if (!wrong.empty()) failed_.push_back(place);
       if (failure_.empty()) failure_ = std::move(wrong);
       arrived_.notify_all();
     }
@@ -209,13 +231,14 @@ class ExpertCache : public torch::CustomClassHolder {
       done += got;
     }
     const auto sum = static_cast<uint64_t>(sums_.const_data_ptr<int64_t>()[expert]);
-    return sum_of(to, record_) == sum ? "" : file_ + " is not what it was: an expert's bytes have changed";
+    return checksum(to, record_) == sum ? "" : file_ + " is not what it was: an expert's bytes have changed";
   }
 
   const std::string file_;
   const std::vector<int64_t> starts_;
   const int64_t experts_, record_;
   const at::Tensor sums_;
+  const pid_t process_ = getpid();
   int descriptor_ = -1;
   at::Tensor memory_;
 
@@ -226,6 +249,7 @@ class ExpertCache : public torch::CustomClassHolder {
   std::vector<double> heat_;
   std::vector<int64_t> clock_;  // rows that each layer has seen
   std::deque<int64_t> jobs_;    // slots to fill
+  std::vector<int64_t> failed_, missing_, victims_;
   std::vector<int64_t> used_;   // by the present layer
   int64_t layer_ = 0, epoch_ = 0, wave_ = 0, wave_size_ = 1;
   int64_t hits_ = 0, misses_ = 0, bytes_ = 0, stalled_ = 0;

@@ -1,6 +1,6 @@
 // Matrices in panels, as the decoder reads them (panels.h). The twin is `packed` of engine/weights.py.
 //
-// matrices [M, N, K] float32; out uint8 [M, bytes of one].
+// matrices [M, N, K] float32 or bfloat16; out uint8 [M, bytes of one].
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
@@ -10,6 +10,7 @@
 #include <cmath>
 #include <limits>
 
+#include "checksum.h"
 #include "panels.h"
 #include "turns.h"
 
@@ -19,12 +20,6 @@ namespace {
 
 // To the nearest whole number, to the even one of two; for numbers far below 2^22.
 inline float whole(float x) { return (x + 12582912.0f) - 12582912.0f; }
-
-inline uint16_t bfloat16(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if (x != x) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 // 32 depths of 64 outputs: their scales, and the whole numbers that stand for them.
 struct Group {
@@ -81,7 +76,11 @@ struct Group {
   }
 };
 
-void pack_panel(const float* rows, int64_t here, const Matrix& m, int64_t p, char* to) {
+inline float widened(float x) { return x; }
+inline float widened(uint16_t x) { return std::bit_cast<float>(uint32_t{x} << 16); }
+
+template <class Value>
+void pack_panel(const Value* rows, int64_t here, const Matrix& m, int64_t p, char* to) {
   char* panel = to + p * bytes_of(m.kind, m.depth * kPanel);
   auto* scales = reinterpret_cast<_Float16*>(to + m.panels() * bytes_of(m.kind, m.depth * kPanel)) + p * m.depth / kGroup * kPanel;
   Group group;
@@ -90,7 +89,7 @@ void pack_panel(const float* rows, int64_t here, const Matrix& m, int64_t p, cha
     float* flat = reinterpret_cast<float*>(group.values);
     std::fill_n(flat, kGroup * kPanel, 0.0f);
     for (int64_t j = 0; j < here; ++j) {
-      for (int64_t k = 0; k < depths; ++k) group.values[k][j] = rows[j * m.depth + start + k];
+      for (int64_t k = 0; k < depths; ++k) group.values[k][j] = widened(rows[j * m.depth + start + k]);
     }
     if (m.kind == Kind::kFloat32) {
       std::copy_n(flat, depths * kPanel, reinterpret_cast<float*>(panel) + start * kPanel);
@@ -98,7 +97,7 @@ void pack_panel(const float* rows, int64_t here, const Matrix& m, int64_t p, cha
     }
     if (m.kind == Kind::kBFloat16) {
       for (int64_t i = 0; i < depths * kPanel; ++i) {
-        reinterpret_cast<uint16_t*>(panel)[start * kPanel + i] = bfloat16(flat[i]);
+        reinterpret_cast<uint16_t*>(panel)[start * kPanel + i] = narrowed(flat[i]);
       }
       continue;
     }
@@ -124,17 +123,32 @@ void pack(const at::Tensor& matrices, int64_t kind, const at::Tensor& out) {
   const int64_t count = matrices.size(0), outputs = matrices.size(1), depth = matrices.size(2);
   const Matrix m = Matrix::of(static_cast<Kind>(kind), outputs, depth);
   TORCH_CHECK(matrices.is_contiguous() && out.is_contiguous() && out.numel() == count * m.bytes(), "out of another size");
-  const float* from = matrices.const_data_ptr<float>();
   auto* to = static_cast<char*>(out.mutable_data_ptr());
-  take_turns(count * m.panels(), [&](int64_t task) {
-    const int64_t which = task / m.panels(), p = task % m.panels();
-    pack_panel(from + (which * outputs + p * kPanel) * depth, std::min(kPanel, outputs - p * kPanel), m, p,
-               to + which * m.bytes());
-  });
+  const auto go = [&](const auto* from) {
+    take_turns(count * m.panels(), [&](int64_t task) {
+      const int64_t which = task / m.panels(), p = task % m.panels();
+      pack_panel(from + (which * outputs + p * kPanel) * depth, std::min(kPanel, outputs - p * kPanel), m, p,
+                 to + which * m.bytes());
+    });
+  };
+  if (matrices.scalar_type() == at::kFloat) {
+    go(matrices.const_data_ptr<float>());
+  } else {
+    TORCH_CHECK(matrices.scalar_type() == at::kBFloat16, "neither float32 nor bfloat16");
+    go(static_cast<const uint16_t*>(matrices.const_data_ptr()));
+  }
+}
+
+int64_t sum_bytes(const at::Tensor& bytes) {
+  TORCH_CHECK(bytes.is_contiguous());
+  return static_cast<int64_t>(checksum(static_cast<const char*>(bytes.const_data_ptr()), bytes.nbytes()));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(trinity, CPU, library) { library.impl("pack", pack); }
+TORCH_LIBRARY_IMPL(trinity, CPU, library) {
+  library.impl("pack", pack);
+  library.impl("checksum", sum_bytes);
+}
 
 }  // namespace trinity

@@ -15,12 +15,6 @@ constexpr int64_t kPage = 64;                     // tokens; engine/pages.py kno
 constexpr int64_t kTogether = 4 * rows_for(4);    // queries whose scores over a page stay in the nearest cache
 constexpr float kLowest = -std::numeric_limits<float>::max();
 
-// To bfloat16: the nearest, of two equally near the even one, as torch rounds.
-inline uint16_t narrowed(float x) {
-  const auto bits = std::bit_cast<uint32_t>(x);
-  return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
-}
-
 inline void widen(const uint16_t* from, int64_t count, float* to) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {

@@ -97,6 +97,12 @@ inline Vec nibbles(IntVec from) {
 #endif
 }
 
+// To bfloat16: the nearest, of two equally near the even one, as torch rounds.
+inline uint16_t narrowed(float x) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
 template <Kind T>
 inline Vec loaded(const char* at) {
   if constexpr (T == Kind::kFloat32) {

@@ -31,13 +31,13 @@ def cache_bytes(model: ModelConfig, tokens: int, kv_dtype: str, step: int = STEP
 
 def weight_bytes(model: ModelConfig, kind: str) -> int:
     """All weights, as the engine packs them."""
-    experts = model.num_sparse_layers * model.num_experts * _expert(model, kind)
+    experts = model.num_sparse_layers * model.num_experts * record_bytes(model, kind)
     return _embedding(model, kind) * model.vocab_size + _always(model, kind) + experts
 
 
 def read_bytes(model: ModelConfig, tokens: int, kind: str, kv_dtype: str) -> int:
     """Weights, keys and values that one more token reads behind `tokens` tokens, alone in its step."""
-    experts = model.num_sparse_layers * model.num_experts_per_tok * _expert(model, kind)
+    experts = model.num_sparse_layers * model.num_experts_per_tok * record_bytes(model, kind)
     past = _past(model, tokens, min(tokens, model.sliding_window), kv_dtype)
     return _embedding(model, kind) + _always(model, kind) + experts + past
 
@@ -49,7 +49,8 @@ def _past(model: ModelConfig, in_global: int, in_local: int, kv_dtype: str) -> i
     return 2 * model.num_key_value_heads * model.head_dim * VALUE_BYTES[kv_dtype] * tokens
 
 
-def _matrix(outputs: int, depth: int, kind: str) -> int:
+def matrix_bytes(outputs: int, depth: int, kind: str) -> int:
+    """Of a matrix [outputs, depth]; 8 and 4 bits take whole groups of depth, or leave it in float32."""
     values = whole(outputs, PANEL) * depth
     if kind in ("int8", "int4") and depth % GROUP == 0:
         return values // (1 if kind == "int8" else 2) + values // GROUP * 2  # a float16 for each group
@@ -57,10 +58,11 @@ def _matrix(outputs: int, depth: int, kind: str) -> int:
 
 
 def _feed_forward(width: int, hidden: int, kind: str) -> int:
-    return _matrix(2 * whole(hidden, PANEL // 2), width, kind) + _matrix(width, hidden, kind)
+    return matrix_bytes(2 * whole(hidden, PANEL // 2), width, kind) + matrix_bytes(width, hidden, kind)
 
 
-def _expert(model: ModelConfig, kind: str) -> int:
+def record_bytes(model: ModelConfig, kind: str) -> int:
+    """Of one expert."""
     return _feed_forward(model.hidden_size, model.moe_intermediate_size, kind)
 
 
@@ -73,11 +75,11 @@ def _always(model: ModelConfig, kind: str) -> int:
     """What every token reads: head, attention, norms, dense layers, routers, shared experts."""
     width, query = model.hidden_size, model.num_attention_heads * model.head_dim
     key, sparse = model.num_key_value_heads * model.head_dim, model.num_sparse_layers
-    attention = _matrix(2 * query + 2 * key, width, kind) + _matrix(width, query, kind)
+    attention = matrix_bytes(2 * query + 2 * key, width, kind) + matrix_bytes(width, query, kind)
     attention += 4 * (4 * width + 2 * model.head_dim)  # norms
     dense = _feed_forward(width, model.intermediate_size, kind)
-    routed = _matrix(model.num_experts, width, "float32") + 4 * model.num_experts
+    routed = matrix_bytes(model.num_experts, width, "float32") + 4 * model.num_experts
     if model.num_shared_experts:
         routed += _feed_forward(width, model.num_shared_experts * model.moe_intermediate_size, kind)
-    head = _matrix(model.vocab_size, width, "int8" if kind == "int4" else kind) + 4 * width  # and the last norm
+    head = matrix_bytes(model.vocab_size, width, "int8" if kind == "int4" else kind) + 4 * width  # and the last norm
     return head + model.num_hidden_layers * attention + (model.num_hidden_layers - sparse) * dense + sparse * routed

@@ -25,7 +25,11 @@ class EngineCounts(Collector):
             ("expert_cache_hits", "Experts that a step needed and memory held; 0 where it holds all", reads.hits),
             ("expert_cache_misses", "Experts that had to be read from the disk", reads.misses),
             ("expert_cache_read_bytes", "Bytes of experts read from the disk", reads.bytes),
-            ("expert_cache_stall_seconds", "Seconds in which a step waited for experts", reads.stalled_seconds),
+            (
+                "expert_cache_stall_seconds",
+                "Seconds in which a thread had to wait for an expert",
+                reads.stalled_seconds,
+            ),
             ("prefix_cache_queries", "Tokens of texts looked up in the prefix cache", prefix.tokens_asked),
             ("prefix_cache_hits", "Of these, tokens that were found", prefix.tokens_found),
             ("num_preemptions", "Requests set back because pages ran out", scheduler.set_back),
