@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ from trinity.base.errors import CheckpointError, UsageError
 from trinity.base.lineage import fingerprint
 from trinity.base.run import CONFIG
 from trinity.ckpt.folder import MODEL, STATE, check_checkpoint, newest_good
-from trinity.ckpt.hf import DEFAULT_BALANCE_COEFF, keep_precision, read_hf, read_json_object
+from trinity.ckpt.hf import DEFAULT_BALANCE_COEFF, keep_precision, read_hf, read_json_object, read_published_config
 from trinity.ckpt.model_folder import matching_tokenizer
 from trinity.ckpt.shards import StoredPart
 from trinity.config.load import from_dict
@@ -41,6 +41,16 @@ class OpenedModel:
         return self.tokenizer.im_end_id in (ends if isinstance(ends, list) else [ends])
 
 
+class DescribedModel(NamedTuple):
+    """All of a model but its weights."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    folder: Path  # of the weights
+    run: Path | None  # whose checkpoint that is
+    name: str
+
+
 def to_stderr(sentence: str) -> None:
     print(sentence, file=sys.stderr)
 
@@ -50,9 +60,27 @@ def open_model(path: Path | str, dtype: str = "float32", warn: Callable[[str], N
 
     Of a run the newest good checkpoint is taken; damaged ones that were passed over are named through `warn`.
     """
-    path = Path(path)
     if dtype not in _DTYPES:
         raise UsageError(f"dtype '{dtype}' is not offered.", f"Choose one of {', '.join(_DTYPES)}.")
+    found = describe_model(path, warn)
+    folder, run = found.folder, found.run
+    model = read_hf(folder, _DTYPES[dtype]) if run is None else _read_checkpoint(found, _DTYPES[dtype])
+    generation = _json_or_empty(folder / "generation_config.json") if run is None else {}
+    coefficient = _json_or_empty(folder / CONFIG).get("load_balance_coeff", DEFAULT_BALANCE_COEFF)
+    return OpenedModel(
+        model=model.eval().requires_grad_(False),
+        tokenizer=found.tokenizer,
+        folder=folder,
+        name=found.name,
+        generation=generation,
+        lineage=_json_or_empty((run or folder) / "lineage.json"),
+        load_balance_coeff=coefficient if run is None else _balance_coeff(run),
+    )
+
+
+def describe_model(path: Path | str, warn: Callable[[str], None] = to_stderr) -> DescribedModel:
+    """The same without the weights: what a model is, and where."""
+    path = Path(path)
     if not path.is_dir() and path.parent.name == "checkpoints" and path.parent.is_dir():
         there = sorted(found.name for found in path.parent.iterdir() if (found / STATE).exists())
         raise CheckpointError(
@@ -65,47 +93,35 @@ def open_model(path: Path | str, dtype: str = "float32", warn: Callable[[str], N
         check_checkpoint(path)
         folder = path.resolve()
         run = folder.parent.parent
-        return _open_checkpoint(folder, run, f"{run.name}-{folder.name}", dtype)
+        return _describe_checkpoint(folder, run, f"{run.name}-{folder.name}")
     if (path / "checkpoints").is_dir():
         newest = newest_good(path, warn)
         if newest is None:
             raise CheckpointError(f"{path} has no checkpoint yet.", "Let the training run reach its first save.")
-        return _open_checkpoint(newest, path, path.resolve().name, dtype)
+        return _describe_checkpoint(newest, path, path.resolve().name)
     if "model_type" not in _json_or_empty(path / CONFIG):
         raise CheckpointError(
             f"{path} is not a model.", "Name a Hugging Face folder or a run folder with a checkpoint."
         )
-    model = read_hf(path, _DTYPES[dtype]).eval().requires_grad_(False)
-    return OpenedModel(
-        model=model,
-        tokenizer=matching_tokenizer(path, model.config),
-        folder=path,
-        name=path.resolve().name,
-        generation=_json_or_empty(path / "generation_config.json"),
-        lineage=_json_or_empty(path / "lineage.json"),
-        load_balance_coeff=_json_or_empty(path / CONFIG).get("load_balance_coeff", DEFAULT_BALANCE_COEFF),
-    )
+    config = read_published_config(path)
+    return DescribedModel(config, matching_tokenizer(path, config), path, None, path.resolve().name)
 
 
-def _open_checkpoint(folder: Path, run: Path, name: str, dtype: str) -> OpenedModel:
+def _describe_checkpoint(folder: Path, run: Path, name: str) -> DescribedModel:
     state = read_json_object(folder / STATE)
     tokenizer = tokenizer_of(run, state, folder)
-    model = build_on_meta(from_dict(ModelConfig, state["model_config"]))
+    return DescribedModel(from_dict(ModelConfig, state["model_config"]), tokenizer, folder, run, name)
+
+
+def _read_checkpoint(found: DescribedModel, dtype: torch.dtype) -> Transformer:
+    model = build_on_meta(found.config)
     weights = {
-        key: keep_precision(key, torch.empty(meta.shape, dtype=_DTYPES[dtype]), _DTYPES[dtype])
+        key: keep_precision(key, torch.empty(meta.shape, dtype=dtype), dtype)
         for key, meta in model.state_dict().items()
     }
-    StoredPart(folder / MODEL).read_into(weights)  # converts on the way: one copy of the weights in memory
+    StoredPart(found.folder / MODEL).read_into(weights)  # converts on the way: one copy of the weights in memory
     model.load_state_dict(weights, assign=True)
-    return OpenedModel(
-        model=model.eval().requires_grad_(False),
-        tokenizer=tokenizer,
-        folder=folder,
-        name=name,
-        generation={},
-        lineage=_json_or_empty(run / "lineage.json"),
-        load_balance_coeff=_balance_coeff(run),
-    )
+    return model
 
 
 def tokenizer_of(run: Path, state: dict[str, Any], folder: Path) -> Tokenizer:
