@@ -67,6 +67,7 @@ class Trinity:
         timed += len(answer)
         return {
             "tokens_per_second": timed / seconds,
+            "drafted_per_token": engine.drafted / timed,
             "share_taken": engine.drafts_taken / max(1, engine.drafted),
             "experts_per_token_and_layer": experts / timed / max(1, self.config.num_sparse_layers),
             "share_of_distinct_tokens": len(set(answer)) / len(answer),

@@ -22,7 +22,7 @@ from trinity.ckpt.gguf import write_gguf
 from trinity.data.progress import progress
 from trinity.plan.params import count_parameters
 
-BUFFER = 10**9  # bytes read to learn the bandwidth of memory: more than caches hold
+BUFFER = 2**29  # bytes read to learn the bandwidth of memory: more than caches hold
 PASSAGE, ANSWER = 256, 128  # tokens of a text that drafts are looked up in, and of the answer
 PACKAGES = {"transformers": ["transformers"], "llama": ["llama_cpp", "gguf"]}
 REMEDIES = {

@@ -33,7 +33,9 @@ class Worker:
         os.environ |= {"OMP_WAIT_POLICY": "ACTIVE" if asked.awake else "PASSIVE", "TRANSFORMERS_VERBOSITY": "error"}
         self.pipe, theirs = PROCESSES.Pipe()
         self.process = PROCESSES.Process(target=_serve, args=(theirs, side, asked), daemon=True)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all: the command ends them
         self.process.start()
+        signal.signal(signal.SIGINT, handler)
         theirs.close()
         self._answer()
 
@@ -68,7 +70,6 @@ def _serve(pipe: Connection, side: Side, asked: Asked) -> None:
     """The process of an engine: for each request what failed, or what was made and how much memory that took."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # with its parent: who is stopped does not see a pipe close
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all; the parent ends them
     torch.set_num_threads(asked.threads)
     try:
         engine = ENGINES[side.engine](side, asked)

@@ -6,6 +6,13 @@ from trinity.base.units import show_bytes, show_count
 from trinity.cli.plan_text import aligned
 from trinity.report.page import Table
 
+DRAFTS = {
+    "drafted_per_token": ("drafted a token", "{:.2f}"),
+    "share_taken": ("of it taken", "{:.0%}"),
+    "experts_per_token_and_layer": ("experts a token and layer", "{:.2f}"),
+    "share_of_distinct_tokens": ("distinct tokens", "{:.0%}"),
+}
+
 
 def as_text(found: dict[str, Any]) -> str:
     head = (
@@ -36,10 +43,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
                 times = (took[case]["median"] / theirs["tokens_per_second"][case]["median"] for case in took)
                 ratios.append([f"{name} / {other}", *map("{:.2f}".format, times)])
         for case, answer in one["drafts"].items():
-            taken, distinct, experts = (answer[key]["median"] for key in ("share_taken", "share_of_distinct_tokens",
-                                                                          "experts_per_token_and_layer"))  # fmt: skip
-            speed = _speed(answer["tokens_per_second"])
-            drafts.append([f"{name}, {case}", speed, f"{taken:.0%}", f"{distinct:.0%}", f"{experts:.2f}"])
+            shown = (form.format(answer[key]["median"]) for key, (_, form) in DRAFTS.items())
+            drafts.append([f"{name}, {case}", _speed(answer["tokens_per_second"]), *shown])
     for name, one in text["engines"].items():
         beside = ["", "", ""]
         if one["beside"]:
@@ -49,7 +54,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     cases = list(next(iter(engines.values()))["tokens_per_second"]) if engines else []
     meaning = "decode N: N sequences get a token at once; prefill N: a prompt of N tokens is read"
     header = [f"{text['tokens']} tokens of text", "perplexity", "error of logits", "same likeliest token", "beside"]
-    answers = ["an answer to text that", "tokens/s", "drafts taken", "distinct tokens", "experts a token and layer"]
+    answers = ["an answer to text that", "tokens/s", *(heading for heading, _ in DRAFTS.values())]
     return [
         Table(header=["tokens/s", *cases, "peak memory", "read a token", "of the bandwidth"], rows=speeds,
               caption=meaning),
