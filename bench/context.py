@@ -27,17 +27,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from engines.adapters import TRIED, Skipped, Transformers, opened, prompt_of, runner_of
 from matplotlib.figure import Figure
 
 from trinity.base.units import show_bytes, show_seconds
+from trinity.bench.engines import TRIED, Transformers
+from trinity.bench.subject import Asked, Side, Subject, Weights, random_prompt
+from trinity.ckpt.opened import find_model
+from trinity.ckpt.weights import HeldWeights
 from trinity.config.engine import EngineLimits
 from trinity.config.model import ModelConfig
 from trinity.engine.engine import Engine
 from trinity.engine.pages import PAGE
 from trinity.engine.request import Piece, Request, SamplingParams
+from trinity.engine.runner import CompiledRunner
+from trinity.engine.weights import decoder_weights
 from trinity.plan.flops import keys_seen
 from trinity.plan.inference import cache_bytes, read_bytes, weight_bytes
+from trinity.recipes.table import recipe
 
 PLANNED_TO, BESIDE_TO = 512 * 1024, 32 * 1024
 RATIO = (4096, 32768)  # lengths whose times are compared
@@ -82,14 +88,24 @@ class Progress:
         print(f"{self.name}: {done:,} of {self.longest:,} tokens, {show_seconds(left)} left", file=sys.stderr)
 
 
+def subject_of(options: argparse.Namespace) -> Subject:
+    """The model, its context raised for the longest text."""
+    folder = Path(options.model) if Path(options.model).is_dir() else None
+    config = find_model(folder).config if folder else recipe(options.model).model
+    config = replace(config, max_position_embeddings=2 * max(options.lengths))
+    return Subject(name=options.model, config=config, folder=folder)
+
+
 class Reader:
     """An engine over one runner that reads a text, and what it tells."""
 
     def __init__(self, name: str, local_only: bool, options: argparse.Namespace) -> None:
-        config, weights, self.tokenizer = opened(options)
+        subject = subject_of(options)
+        config, self.tokenizer = subject.config, subject.tokenizer()
         every = config.num_hidden_layers + 1 if local_only else config.global_attn_every_n_layers
         self.config = replace(config, global_attn_every_n_layers=every)
-        self.runner = runner_of(self.config, weights, options.dtype)
+        weights = find_model(subject.folder).weights if subject.folder else HeldWeights(Weights(config))
+        self.runner = CompiledRunner(decoder_weights(self.config, weights, options.dtype))
         self.name, self.options = name, options
 
     def best(self) -> Readings:
@@ -103,7 +119,7 @@ class Reader:
         step = self.options.step_tokens
         limits = EngineLimits(max_active=1, step_tokens=step, kv_dtype=self.options.kv_dtype)
         engine = Engine(self.runner, self.tokenizer, frozenset(), limits)
-        text, found, done = prompt_of(self.config, lengths[-1]), Readings(), 0
+        text, found, done = random_prompt(self.config, lengths[-1]), Readings(), 0
         progress, resident = Progress(self.name, lengths[-1], step), resident_bytes()
         for length in lengths:
             sampling = SamplingParams(max_new_tokens=self.options.written + 1)
@@ -216,14 +232,13 @@ def ratios(whole: Readings, local: Readings) -> dict[str, float] | None:
 
 def serve_side(options: argparse.Namespace) -> None:
     """The process of transformers: a line of JSON for each length."""
-    try:
-        side = Transformers("float32", options)
-    except Skipped as error:
-        return print(json.dumps({"skipped": str(error)}), flush=True)
-    side.prefill(prompt_of(side.config, TRIED))  # finds the fastest way of experts for each kind of work
+    asked = Asked(batches=(1,), prefill=tuple(options.lengths), prompt=128, tokens=options.written, repeats=1,
+                  threads=options.threads, awake=False, text=None, drafts=0, work=Path())  # fmt: skip
+    side = Transformers(Side(engine="transformers", precision="float32", subject=subject_of(options)), asked)
+    side.prefill(random_prompt(side.config, TRIED))  # finds the fastest way of experts for each kind of work
     side.decode(1)
     for length in options.lengths:
-        cache, newest = side.new_cache(), torch.tensor([prompt_of(side.config, length)])
+        cache, newest = side.new_cache(), torch.tensor([random_prompt(side.config, length)])
         took = []
         for kind in ["prefill", *["decode 1"] * options.written]:
             side.model.set_experts_implementation(side.ways[kind])
@@ -232,7 +247,6 @@ def serve_side(options: argparse.Namespace) -> None:
             took.append(time.perf_counter() - started)
         row = {"tokens": length, "read_seconds": round(took[0], 3)}
         print(json.dumps(row | {"written_ms": round(1000 * statistics.median(took[1:]), 3)}), flush=True)
-    return None
 
 
 def beside(options: argparse.Namespace) -> dict[str, Any]:
@@ -309,7 +323,7 @@ def main() -> None:
     parser.add_argument("--plot", metavar="FILE", help="draw the curves: .png, .svg")
     parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.lengths = options.prefill = sorted(options.lengths)  # the adapters' name for it
+    options.lengths = sorted(options.lengths)
     if odd := [length for length in options.lengths if length % PAGE or length < 1]:
         parser.error(f"--lengths: {odd[0]} is no multiple of {PAGE}, where the prefix cache can go on")
     torch.set_num_threads(options.threads)

@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": ("trinity.cli.generate", "complete a prompt"),
     "chat": ("trinity.cli.chat", "talk to a model in the terminal"),
     "serve": ("trinity.cli.serve", "offer a model through an OpenAI-compatible API"),
+    "bench": ("trinity.cli.bench", "measure how fast a model reads and writes on this machine"),
     "average": ("trinity.cli.average", "one model from several checkpoints of a run"),
     "import": ("trinity.cli.import_", "read a published checkpoint"),
     "export": ("trinity.cli.export", "write a model as a Hugging Face folder"),

@@ -64,7 +64,13 @@ def load(
     kind = None if dtype is None else kind_named(dtype)
     alone = replace(ALONE, kv_dtype=kv_dtype)
     device_named(device)
-    stored = find_model(path)
+    return loaded(find_model(path), kind, device, alone, expert_bytes)
+
+
+def loaded(
+    stored: StoredModel, kind: Kind | None, device: str, alone: EngineLimits = ALONE, expert_bytes: int = 0
+) -> "LoadedModel":
+    """`load` of a model that was found."""
     return LoadedModel(stored, _runner(stored, kind, device, expert_bytes), alone)
 
 

@@ -1,0 +1,1 @@
+"""Measurements of a model on this machine, beside other engines where they are installed."""

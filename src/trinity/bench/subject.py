@@ -1,0 +1,137 @@
+"""What is measured: a model or seeded random weights of a shape, in the engines asked for, and how much of what."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trinity.base.seeds import named_seed
+from trinity.ckpt.opened import StoredModel, find_model, read_model
+from trinity.ckpt.weights import HeldWeights
+from trinity.config.model import ModelConfig
+from trinity.engine.loaded import LoadedModel, load, loaded
+from trinity.engine.weights import kind_named
+from trinity.model.init import build_on_meta, fill_initial
+from trinity.plan.params import count_parameters
+from trinity.text.tokenizer import Tokenizer
+from trinity.text.train_bpe import train_bpe
+
+BITS = {"float32": 32, "bfloat16": 16, "q8_0": 8.5, "q4_0": 4.5, "int8": 8.5, "int4": 4.5}  # a weight, scales included
+TEXT_ROW, TEXT_TOKENS = 512, 4096  # of a text whose loss is taken: tokens of a stretch, and in all
+DRAWN = 2**24 - 3  # random values, a prime number of them: rows of matrices begin at ever other places
+
+
+class Weights(Mapping[str, Tensor]):
+    """Seeded random weights of a shape, each made when it is asked for: Nano whole would not fit.
+
+    Distributed as model/init.py has it, but matrices are cut from one drawing, from a place of their own on: six
+    billion values drawn one by one take longer than the measurement.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config, self.metas = config, build_on_meta(config).state_dict()
+        self.drawn = torch.empty(DRAWN, 1)
+        fill_initial(self.drawn, "drawn", config, seed=0, rows=DRAWN)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.metas[name].shape
+        if len(shape) > 1:
+            start = named_seed(0, name) % DRAWN
+            times = -(-shape.numel() // DRAWN)
+            return self.drawn.flatten().roll(-start).repeat(times)[: shape.numel()].view(shape).clone()
+        values = torch.zeros(shape)
+        if not name.endswith("expert_bias"):
+            fill_initial(values, name, self.config, seed=0, rows=len(values))
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.metas)
+
+    def __len__(self) -> int:
+        return len(self.metas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model that is measured."""
+
+    name: str
+    config: ModelConfig
+    folder: Path | None = None  # of its weights; None: seeded random ones
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """In float32, by our names."""
+        return Weights(self.config) if self.folder is None else read_model(find_model(self.folder)).model.state_dict()
+
+    def tokenizer(self) -> Tokenizer:
+        if self.folder is not None:
+            return find_model(self.folder).tokenizer
+        return train_bpe([Path(__file__).read_text()], 512)
+
+    def loaded(self, kind: str) -> LoadedModel:
+        """In our engine."""
+        if self.folder is not None:
+            return load(self.folder, kind, "cpu")
+        about = {"folder": Path(), "generation": {}, "lineage": {}, "load_balance_coeff": 0.0}
+        stored = StoredModel(config=self.config, weights=HeldWeights(Weights(self.config)), tokenizer=self.tokenizer(),
+                             name=self.name, **about)  # fmt: skip
+        return loaded(stored, kind_named(kind), "cpu")
+
+    def gguf(self, work: Path, precision: str) -> Path:
+        """llama.cpp's file of these weights, which is not that of others of the same name."""
+        files = sorted(self.folder.rglob("*.safetensors")) if self.folder else []
+        state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        mark = hashlib.sha256(repr((self.config, str(self.folder), state)).encode()).hexdigest()[:8]
+        return work / f"{self.name}-{mark}-{precision}.gguf"
+
+    def weight_bytes_a_token(self, precision: str) -> float:
+        """Bytes of weights that a token of one sequence needs: a row of the embedding, the chosen experts, the rest."""
+        count = count_parameters(self.config)
+        exact, row = count.router + count.norms, self.config.hidden_size
+        rest = count.active - exact - count.head + row
+        head = 8.5 if precision == "int4" else BITS[precision]  # engine/weights.py
+        return 4 * (exact + count.selection_bias) + (BITS[precision] * rest + head * count.head) / 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A subject in an engine, 'trinity', 'transformers' or 'llama', at a precision."""
+
+    engine: str
+    precision: str
+    subject: Subject
+    label: str = ""  # before the precision, where the engine's name would not tell it from another side
+
+    @property
+    def name(self) -> str:
+        return f"{self.label or self.engine}-{self.precision}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is measured of every side."""
+
+    batches: tuple[int, ...]
+    prefill: tuple[int, ...]  # tokens of the prompts that are read
+    prompt: int  # tokens before each decoding
+    tokens: int  # decoded of each sequence
+    repeats: int
+    threads: int
+    awake: bool  # whether threads wait by spinning, also for the next step
+    text: str | None  # whose loss is taken
+    drafts: int  # tokens proposed at once; 0: drafts are not measured
+    work: Path  # folder of llama.cpp's files
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that llama.cpp is to hold."""
+        return max(*self.prefill, self.prompt + self.tokens, TEXT_ROW)
+
+
+def random_prompt(config: ModelConfig, length: int, row: int = 0) -> list[int]:
+    low = min(32, config.vocab_size - 1)  # above the marks
+    return np.random.default_rng(row).integers(low, config.vocab_size, length).tolist()
