@@ -29,7 +29,8 @@ from trinity.base.seeds import named_seed
 from trinity.base.units import parse_count, show_bytes
 from trinity.ckpt.hf import published_config
 from trinity.ckpt.model_folder import write_companions
-from trinity.ckpt.opened import PACKED, StoredModel
+from trinity.ckpt.opened import StoredModel
+from trinity.ckpt.weights import PACKED
 from trinity.config.engine import EngineLimits
 from trinity.config.model import ModelConfig
 from trinity.data.progress import progress

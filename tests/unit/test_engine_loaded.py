@@ -186,11 +186,18 @@ def test_chat_command_with_piped_lines(
     assert "/reset starts anew" in captured.err
 
 
-def test_logits_take_nested_lists_and_refuse_what_is_no_batch(loaded: LoadedModel) -> None:
+def test_logits_take_nested_lists_and_refuse_what_is_no_batch(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.testing.assert_close(loaded.logits([[40, 41, 42]]), loaded.logits(torch.tensor([[40, 41, 42]])))
     for wrong in ([1, 2, 3], "text", [[1, 2], [3]]):
         with pytest.raises(RequestError, match=r"\[batch, time\]"):
             loaded.logits(wrong)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="257 tokens are longer than the model's context of 256"):
+        loaded.logits(torch.zeros(1, 257, dtype=torch.int64))
+    monkeypatch.setattr("trinity.engine.loaded.available_bytes", lambda _: 1000)
+    with pytest.raises(RequestError, match=r"Logits of 2 texts of 9 tokens take 36\.0 KiB; 1000 B are free"):
+        loaded.logits(torch.zeros(2, 9, dtype=torch.int64))
 
 
 def test_weights_of_few_bits_are_for_cpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

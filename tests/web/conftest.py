@@ -55,12 +55,12 @@ def serving(loaded: LoadedModel) -> Serving:
     """`with serving(max_active=1, keys=("...",)) as running:`; the fields of ServeConfig are keywords."""
 
     @contextmanager
-    def start(keys: tuple[str, ...] = (), **settings: object) -> Iterator[Running]:
+    def start(model: LoadedModel = loaded, keys: tuple[str, ...] = (), **settings: object) -> Iterator[Running]:
         config = ServeConfig(port=0, **settings)  # type: ignore[arg-type]
         hashes = frozenset(map(hashed, keys))
         ready = threading.Event()
         listener = open_socket(config, hashes)
-        server = Server(loaded, config, hashes, listener, ready.set)
+        server = Server(model, config, hashes, listener, ready.set)
         thread = threading.Thread(target=server.serve_until_stopped, daemon=True)
         thread.start()
         assert ready.wait(20), "the server did not come up"

@@ -17,7 +17,11 @@ import openai
 import pytest
 
 from trinity.base.errors import UsageError
+from trinity.cli.main import main
 from trinity.config.serve import ServeConfig
+from trinity.engine.loaded import load
+from trinity.kernels.compiled import is_loaded
+from trinity.plan.inference import record_bytes
 from trinity.serve.server import open_socket
 
 # The end tokens are never drawn, so an answer goes on for as long as it is asked to.
@@ -216,3 +220,35 @@ def test_a_prompt_is_read_once_under_one_key_and_again_under_another(serving) ->
     assert figures['trinity_prefix_cache_lookups_total{model_name="little",outcome="hit"}'] == "1.0"
     assert figures['trinity_prefix_cache_lookups_total{model_name="little",outcome="unknown"}'] == "3.0"
     assert float(figures['trinity_prefix_cache_hits_total{model_name="little"}']) == again
+
+
+@pytest.mark.skipif(not is_loaded(), reason="no C++ compiler here")
+def test_experts_on_the_disk_are_counted_and_their_loss_ends_those_who_need_them_alone(
+    model_folder: Path, tmp_path: Path, serving
+) -> None:
+    packed = tmp_path / "packed"
+    assert main(["export", str(model_folder), str(packed), "--format", "packed", "--dtype", "int4"]) == 0
+    model = load(packed, expert_bytes=30_000)
+    with serving(model, max_active=1) as running:
+        ask = {"model": running.name, "prompt": "def wrap", "max_tokens": 5, "temperature": 0}
+        whole = httpx.post(f"{running.url}/completions", json=ask, timeout=30).json()["choices"]
+        counted = {name: metric(running, f"trinity_expert_cache_{name}_total") for name in EXPERT_COUNTS}
+        record = record_bytes(model.config, "int4")
+        assert counted["read_bytes"] == counted["misses"] * record > 0 and counted["stall_seconds"] >= 0
+        assert counted["hits"] + counted["misses"] >= int((model.runner.expert_rows > 0).sum())
+        file, content = packed / "packed.safetensors", (packed / "packed.safetensors").read_bytes()
+        os.truncate(file, len(content) // 2)
+        lost = httpx.post(f"{running.url}/completions", json=ask | {"prompt": "class Q"}, timeout=30)
+        assert lost.status_code == 503 and "cannot be read" in lost.json()["error"]["message"]
+        assert str(packed) not in lost.text
+        file.write_bytes(content)
+        again = httpx.post(f"{running.url}/completions", json=ask, timeout=30).json()["choices"]
+        assert again == whole and eventually(lambda: idle(running)) is None
+
+
+EXPERT_COUNTS = ("hits", "misses", "read_bytes", "stall_seconds")
+
+
+def metric(running, name: str) -> float:
+    lines = httpx.get(running.url.removesuffix("/v1") + "/metrics", timeout=30).text.splitlines()
+    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))

@@ -13,13 +13,15 @@ from trinity.base.durable import write_durably, write_json
 from trinity.base.errors import CheckpointError
 from trinity.ckpt.hf import DEFAULT_BALANCE_COEFF, read_published_config, shard_files, write_hf
 from trinity.ckpt.names import published_tensors
+from trinity.ckpt.tensor_file import TensorFile
+from trinity.ckpt.weights import PACKED, PackedWeights
 from trinity.config.model import ModelConfig
 from trinity.model.init import build_on_meta
 from trinity.model.transformer import Transformer
 from trinity.text.chat import jinja_template
 from trinity.text.tokenizer import Tokenizer
 
-_COPIED = ("*.safetensors", "*.json", "*.jinja", "LICENSE*", "README.md")
+_COPIED = ("*.json", "*.jinja", "LICENSE*", "README.md")
 _CODE = (".py", ".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
 
 
@@ -73,6 +75,8 @@ def check_folder(folder: Path) -> ModelConfig:
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}.", "Name the folder that holds config.json.")
     config = read_published_config(folder)
+    if (folder / PACKED).is_file():
+        PackedWeights(TensorFile(folder / PACKED)).refuse()
     wanted = {name: tensor.shape for name, tensor in published_tensors(build_on_meta(config).state_dict())}
     for shard in shard_files(folder):
         try:
@@ -108,7 +112,9 @@ def matching_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
 
 
 def copy_model_files(source: Path, out: Path) -> None:
-    """Copy weights, configuration, tokenizer, card and licence, byte for byte. Code and pickles stay behind."""
+    """Copy weights, configuration, tokenizer, card and licence, byte for byte. What nothing names stays behind."""
+    for path in shard_files(source):
+        shutil.copyfile(path, out / path.name)
     for pattern in _COPIED:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.suffix not in _CODE and path.name != "manifest.json":

@@ -12,16 +12,15 @@ from trinity.base.errors import CheckpointError, UsageError
 from trinity.base.lineage import fingerprint
 from trinity.base.run import CONFIG
 from trinity.ckpt.folder import MODEL, STATE, check_checkpoint, newest_good
-from trinity.ckpt.hf import DEFAULT_BALANCE_COEFF, FolderWeights, read_json_object, read_published_config
+from trinity.ckpt.hf import DEFAULT_BALANCE_COEFF, FolderWeights, read_json_object, read_published_config, shard_files
 from trinity.ckpt.model_folder import matching_tokenizer
 from trinity.ckpt.tensor_file import TensorFile
-from trinity.ckpt.weights import CheckpointWeights, PackedWeights, Weights, model_of
+from trinity.ckpt.weights import MARK, PACKED, CheckpointWeights, PackedWeights, Weights, model_of
 from trinity.config.load import from_dict
 from trinity.config.model import ModelConfig
 from trinity.model.transformer import Transformer
 from trinity.text.tokenizer import FILE, Tokenizer
 
-PACKED = "packed.safetensors"  # of a folder that holds weights as the engine has them
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -65,6 +64,8 @@ def open_model(path: Path | str, dtype: str = "float32", warn: Callable[[str], N
 
 def read_model(stored: StoredModel, dtype: str = "float32") -> OpenedModel:
     """All weights of a model, in memory once."""
+    if isinstance(stored.weights, PackedWeights):
+        stored.weights.refuse()
     model = model_of(stored.config, stored.weights, _DTYPES[dtype]).eval().requires_grad_(False)
     return OpenedModel(model=model, **{field.name: getattr(stored, field.name) for field in fields(StoredModel)})
 
@@ -99,6 +100,12 @@ def find_model(path: Path | str, warn: Callable[[str], None] = to_stderr) -> Sto
             f"{path} is not a model.", "Name a Hugging Face folder or a run folder with a checkpoint."
         )
     config, packed = read_published_config(path), path / PACKED
+    if packed.is_file() and shard_files(path)[0].is_file():
+        raise CheckpointError(
+            f"{path} holds {PACKED} beside other weights, which may be another model's.", "Remove the one or the other."
+        )
+    if not packed.is_file() and MARK in _json_or_empty(path / CONFIG):
+        raise CheckpointError(f"{packed} is missing.", "Copy the folder again.")
     return StoredModel(
         config=config,
         weights=PackedWeights(TensorFile(packed)) if packed.is_file() else FolderWeights(path, config),

@@ -14,6 +14,8 @@ from trinity.config.model import ModelConfig
 from trinity.model.init import build_on_meta
 from trinity.model.transformer import Transformer
 
+PACKED = "packed.safetensors"  # of a folder that holds weights as the engine has them
+MARK = "trinity_packed"  # a key of its config.json
 FLOAT32_ALWAYS = ("expert_bias", "router.gate.weight", "norm.weight", "layernorm.weight")
 
 
@@ -73,16 +75,19 @@ class PackedWeights:
     def __init__(self, file: TensorFile) -> None:
         self.file = file
 
-    def tensor(self, name: str) -> NoReturn:
+    def refuse(self) -> NoReturn:
         raise CheckpointError(
             f"{self.file.path.parent} holds weights packed for inference.", "Name the model that it was exported from."
         )
 
+    def tensor(self, name: str) -> NoReturn:
+        self.refuse()
+
     def experts(self, name: str) -> NoReturn:
-        self.tensor(name)
+        self.refuse()
 
     def read_into(self, state: dict[str, Tensor]) -> NoReturn:
-        self.tensor("")
+        self.refuse()
 
 
 def model_of(config: ModelConfig, weights: Weights, dtype: torch.dtype = torch.float32) -> Transformer:

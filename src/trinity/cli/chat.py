@@ -10,7 +10,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from trinity.base.errors import RequestError
+from trinity.base.errors import CheckpointError, RequestError
 from trinity.cli.generate import add_sampling, loaded, sampling_of, tell_reads
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def chat(options: argparse.Namespace) -> None:
             messages.append({"role": "user", "content": line})
             try:
                 answer = _answer(model, messages, sampling, options.json)
-            except RequestError as error:
+            except (RequestError, CheckpointError) as error:  # the latter: experts on the disk that cannot be read
                 print(f"trinity chat: {error} /reset starts anew.", file=sys.stderr)
                 messages.pop()
             else:

@@ -109,6 +109,7 @@ def _write_packed(stored: "StoredModel", out: Path, dtype: str) -> None:
     from trinity.base.units import show_bytes
     from trinity.ckpt.hf import published_config
     from trinity.ckpt.model_folder import write_companions
+    from trinity.ckpt.weights import MARK
     from trinity.data.progress import progress
     from trinity.engine.packed import packed_bytes, write_packed
     from trinity.engine.weights import kind_named
@@ -121,7 +122,8 @@ def _write_packed(stored: "StoredModel", out: Path, dtype: str) -> None:
             f"{out} would take {show_bytes(needed)}; {show_bytes(free)} are free there.", "Make room first."
         )
     with folder_aside(out) as aside, progress(f"Packing {stored.name}", needed) as advance:
-        write_json(aside / "config.json", published_config(stored.config, torch.bfloat16, stored.load_balance_coeff))
+        config = published_config(stored.config, torch.bfloat16, stored.load_balance_coeff)
+        write_json(aside / "config.json", config | {MARK: kind})
         write_companions(aside, stored.config, stored.tokenizer, stored.ends_turns)
         if stored.generation:
             write_json(aside / "generation_config.json", stored.generation)

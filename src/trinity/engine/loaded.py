@@ -185,6 +185,18 @@ class LoadedModel:
                 f"ids reach from {int(ids.min())} to {int(ids.max())}.",
                 f"Token ids lie between 0 and {self.config.vocab_size - 1}.",
             )
+        texts, length = ids.shape
+        context = self.config.max_position_embeddings
+        if length > context:
+            raise RequestError(
+                f"Texts of {length} tokens are longer than the model's context of {context}.", "Shorten them."
+            )
+        needed, free = 4 * texts * length * self.config.vocab_size, available_bytes(torch.device("cpu"))
+        if free is not None and needed > free:
+            raise RequestError(
+                f"Logits of {texts} texts of {length} tokens take {show_bytes(needed)}; {show_bytes(free)} are free.",
+                "Ask for fewer at once, or for log-probabilities (score).",
+            )
         return logits_of(self.runner, ids.tolist(), self.alone.kv_dtype)
 
     def generate(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from trinity.base.errors import CheckpointError
-from trinity.ckpt.opened import PACKED, StoredModel
+from trinity.ckpt.opened import StoredModel
 from trinity.ckpt.tensor_file import TensorFile, header_of
+from trinity.ckpt.weights import PACKED
 from trinity.config.model import ModelConfig
 from trinity.engine.weights import KINDS, DecoderWeights, Kind, Place, kind_named, layout, pack
 from trinity.kernels.compiled import is_loaded

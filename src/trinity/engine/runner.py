@@ -64,7 +64,7 @@ class CompiledRunner:
         logits = torch.empty(wanted, self.config.vocab_size)
         likeliest = self._decoder.forward(step, pools.paged.values, pools.local.values, logits, self.expert_rows)
         if self._cache is not None and (wrong := self._cache.failure()):
-            raise CheckpointError(f"{wrong}.", "Restore the file, and start again.")
+            raise CheckpointError(f"{wrong}.", "Restore the file, and ask again.")
         return Output(logits, likeliest)
 
     def expert_reads(self) -> ExpertReads | None:
@@ -85,13 +85,12 @@ def runner_for(model: Transformer) -> Runner:
 
 def logits_of(runner: Runner, texts: list[list[int]], kv_dtype: KvDtype = "float32", step: int = 512) -> Tensor:
     """[B, T, V] float32 on the CPU: the next-token logits at every place of texts of one length."""
-    made = []
-    for tokens in texts:
+    length = len(texts[0]) if texts else 0
+    made = torch.empty(len(texts), length, runner.config.vocab_size)
+    for tokens, out in zip(texts, made, strict=True):
         pools = Pools(runner.config, pages_for(len(tokens)), 1, step, runner.device, kv_dtype)
         pages, ring = pools.paged.take(pages_for(len(tokens))), pools.take_ring() or []
-        starts = range(0, len(tokens), step)
-        parts = [tokens[start : start + step] for start in starts]
-        rows = [Rows(part, start, pages, ring, len(part)) for start, part in zip(starts, parts, strict=True)]
-        parts = [runner.forward([one], pools).cpu() for one in rows]
-        made.append(torch.cat([torch.empty(0, runner.config.vocab_size), *parts]))
-    return torch.stack(made) if made else torch.empty(0, 0, runner.config.vocab_size)
+        for start in range(0, length, step):
+            part = tokens[start : start + step]
+            out[start : start + step] = runner.forward([Rows(part, start, pages, ring, len(part))], pools)
+    return made

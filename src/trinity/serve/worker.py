@@ -19,6 +19,7 @@ from trinity.serve.metrics import Metrics
 IDLE_SECONDS = 0.5  # between looks at the clock when nothing arrives
 PING_SECONDS = 15.0
 
+UNREAD = ApiError(503, "Weights on the server's disk cannot be read now; its log says which. Try again later.")
 log = logging.getLogger("trinity.serve")
 
 
@@ -121,12 +122,14 @@ class Worker:
                 pieces = self.engine.step()
             except CheckpointError as error:  # experts that can be read no longer; it says which file
                 log.error("%s Running requests were ended.", error)
-                self._give_up()
+                self._give_up(UNREAD, {self._by_id[number][0] for number in self.engine.scheduler.active})
                 continue
             except Exception as error:
                 # A defect, or no memory left: what ran is lost, the server goes on. A message may quote text: unlogged.
                 log.error("the engine failed with %s; its requests were ended", type(error).__name__)
-                self._give_up()
+                with self._lock:
+                    jobs = set(self._jobs)
+                self._give_up(ApiError(500, "The engine failed on this step. Try again."), jobs)
                 continue
             for piece in pieces:
                 self._deliver(piece)
@@ -189,11 +192,9 @@ class Worker:
                 self._by_id.pop(job.ids[place], None)
                 self.metrics.finished("abort")
 
-    def _give_up(self) -> None:
-        with self._lock:
-            jobs = list(self._jobs)
+    def _give_up(self, error: ApiError, jobs: "set[Job]") -> None:
         for job in jobs:
-            self._fail(job, ApiError(500, "The engine failed on this step. Try again."))
+            self._fail(job, error)
 
     def _close(self, job: Job, places: set[int]) -> None:
         """With the lock held: these places of a job have ended."""
