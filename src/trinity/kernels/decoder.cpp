@@ -37,6 +37,7 @@ namespace {
 
 constexpr int64_t kStretch = 16;   // pages whose softmax is made in one go
 constexpr int64_t kQueries = 192;  // that go through pages together where a prompt is read: a page is fetched for all
+constexpr int64_t kMoreQueries = 768;  // the same where whole numbers are multiplied, and fetching is the more of it
 constexpr int64_t kFewRows = 8;    // that one thread normalises sooner than several, and that share no page's fetch
 
 struct Layer {
@@ -455,7 +456,7 @@ class Decoder : public torch::CustomClassHolder {
     auto &merges = merges_[global];
     tasks.clear(), merges.clear();
     const int64_t group = heads_ / key_heads_, enough = 4 * members;
-    int64_t together = std::max(kFewRows, kQueries / group), partials = 0;
+    int64_t together = std::max(kFewRows, (digits_ ? kMoreQueries : kQueries) / group), partials = 0;
     while (together > kFewRows && tiles(together) < enough) together = std::max(kFewRows, together / 2);
     const bool split = tiles(together) < enough / 2;
     for (const Stretch& s : stretches_) {

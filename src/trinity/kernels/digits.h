@@ -164,47 +164,71 @@ inline void put_queries(const float* q, int64_t queries, int64_t size, float* di
   }
 }
 
-// The digits of a left side, into tiles 3 to 5.
-inline void load_digits(const char* left, int64_t apart) {
-  _tile_loadd(3, left, 64);
-  _tile_loadd(4, left + apart, 64);
-  _tile_loadd(5, left + 2 * apart, 64);
-}
+// Tiles 0, 2, 4 sum the products of 16 queries that weigh alike, 1, 3, 5 those of 16 more; 6 is of the left side, 7 of the
+// right. The intrinsics of gcc want a tile's number as it is written.
+template <int tile>
+struct Sum;
+#define TRINITY_SUM(tile)                                                   \
+  template <>                                                               \
+  struct Sum<tile> {                                                        \
+    static void start() { _tile_zero(tile); }                               \
+    static void add(std::true_type) { _tile_dpbusd(tile, 6, 7); }           \
+    static void add(std::false_type) { _tile_dpbssd(tile, 6, 7); }          \
+    static void store(int32_t* to) { _tile_stored(tile, to, 64); }          \
+  };
+TRINITY_SUM(0)
+TRINITY_SUM(1)
+TRINITY_SUM(2)
+TRINITY_SUM(3)
+TRINITY_SUM(4)
+TRINITY_SUM(5)
+#undef TRINITY_SUM
 
-// The six products of digits: sums of those that weigh alike in tiles 0 to 2.
-template <bool weights>
-inline void add_digits(const char* right) {
-  _tile_loadd(6, right, 64);
-  _tile_loadd(7, right + kDigitTile, 64);
-  if constexpr (weights) {
-    _tile_dpbusd(0, 3, 6);
-    _tile_dpbusd(1, 4, 6);
-    _tile_dpbusd(2, 5, 6);
-    _tile_dpbusd(1, 3, 7);
-    _tile_dpbusd(2, 4, 7);
-    _tile_loadd(6, right + 2 * kDigitTile, 64);
-    _tile_dpbusd(2, 3, 6);
-  } else {
-    _tile_dpbssd(0, 3, 6);
-    _tile_dpbssd(1, 4, 6);
-    _tile_dpbssd(2, 5, 6);
-    _tile_dpbssd(1, 3, 7);
-    _tile_dpbssd(2, 4, 7);
-    _tile_loadd(6, right + 2 * kDigitTile, 64);
-    _tile_dpbssd(2, 3, 6);
+// Left sides of one or two tiles of queries: the highest digits of the first, of the second so many bytes on, and of
+// each the digits below.
+struct LeftDigits {
+  const char* at;
+  int64_t second, below;
+};
+
+// One digit of the left side by what tile 7 holds. Weights have no sign.
+template <int tiles, int sum, bool weights>
+inline void add_digit(LeftDigits left, int64_t digit) {
+  constexpr std::bool_constant<weights> unsigned_{};
+  const char* at = left.at + digit * left.below;
+  _tile_loadd(6, at, 64);
+  Sum<2 * sum>::add(unsigned_);
+  if constexpr (tiles > 1) {
+    _tile_loadd(6, at + left.second, 64);
+    Sum<2 * sum + 1>::add(unsigned_);
   }
 }
 
-inline void start_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
+// The six products of digits.
+template <int tiles, bool weights>
+inline void add_digits(LeftDigits left, const char* right) {
+  _tile_loadd(7, right, 64);
+  add_digit<tiles, 2, weights>(left, 2);
+  add_digit<tiles, 1, weights>(left, 1);
+  add_digit<tiles, 0, weights>(left, 0);
+  _tile_loadd(7, right + kDigitTile, 64);
+  add_digit<tiles, 2, weights>(left, 1);
+  add_digit<tiles, 1, weights>(left, 0);
+  _tile_loadd(7, right + 2 * kDigitTile, 64);
+  add_digit<tiles, 2, weights>(left, 0);
 }
 
-inline void store_sums(int32_t* to) {
-  _tile_stored(0, to, 64);
-  _tile_stored(1, to + 256, 64);
-  _tile_stored(2, to + 512, 64);
+template <int tiles>
+inline void start_sums() {
+  Sum<0>::start(), Sum<2>::start(), Sum<4>::start();
+  if constexpr (tiles > 1) Sum<1>::start(), Sum<3>::start(), Sum<5>::start();
+}
+
+// Those of the second 16 queries lie `second` values on.
+template <int tiles>
+inline void store_sums(int32_t* to, int64_t second) {
+  Sum<0>::store(to), Sum<2>::store(to + 256), Sum<4>::store(to + 512);
+  if constexpr (tiles > 1) to += second, Sum<1>::store(to), Sum<3>::store(to + 256), Sum<5>::store(to + 512);
 }
 
 // Of a row of three tiles of sums, all of it, in units of 65,536.
@@ -229,10 +253,10 @@ inline Vec power_of_two(Vec x) {
 }
 
 // Scores of a query over some pages, in powers of two, become 2^(score - highest so far) as in `soften`, times the unit
-// of its key's value: digits of 0 .. 255, in tiles that lie `apart`. Returns the unit of the whole.
+// of its key's value: digits of 0 .. 255, in a tile for each page. Returns the unit of the whole; `less`: to what things read before sink.
 template <bool partly>
 inline float soften_to_digits(float* scores, Seen seen, int64_t pages, const char* const* page, int64_t size, float& highest,
-                              float* sums, float* read, char* to, int64_t apart) {
+                              float* sums, char* to, float& less) {
   IntVec lanes;
   for (int l = 0; l < kLanes; ++l) lanes[l] = l;
   const int low = static_cast<int>(seen.low), high = static_cast<int>(seen.high);
@@ -251,13 +275,9 @@ inline float soften_to_digits(float* scores, Seen seen, int64_t pages, const cha
     }
   }
   const float top = highest_of(larger(larger(most[0], most[1]), larger(most[2], most[3])), highest);
-  if (top > highest) {
-    const float less = power_of_two(splat(highest - top))[0];
-    vec(sums) *= less;
-    for (int64_t c = 0; c < size; c += kLanes) vec(read + c) *= less;
-    highest = top;
-  }
-  Vec gathered = vec(sums);
+  less = power_of_two(splat(highest - top))[0];
+  highest = top;
+  Vec gathered = vec(sums) * less;
   Widest widest;
   for (int64_t n = 0; n < pages; ++n) {
     const float* units = units_of_keys(page[n], size) + kPage;
@@ -276,7 +296,7 @@ inline float soften_to_digits(float* scores, Seen seen, int64_t pages, const cha
   for (int64_t n = 0; n < pages; ++n, to += kDigitTile) {
     // Rounded to a whole number in the lower 23 bits; bit 23 is 0.
     const auto its = [&](int64_t v) { return std::bit_cast<Whole>(vec(scores + (n * V + v) * kLanes) * factor + 8388608.0f); };
-    put_digits(its(0), its(1), its(2), its(3), to, apart);
+    put_digits(its(0), its(1), its(2), its(3), to, kPagesAtOnce * kDigitTile);
   }
   return unit * (256.0f / kMostWeight);
 }
@@ -285,30 +305,45 @@ constexpr int64_t kTiles = 2;  // of 16 queries: so many go through the same pag
 constexpr int64_t kTileScores = 16 * kPagesAtOnce * kPage, kWeights = 3 * kPagesAtOnce * kDigitTile;  // of one such tile
 constexpr int64_t kDigitRoom = kTiles * (3 * 4 * 256 + kTileScores + kWeights / 4);  // floats
 
+constexpr int64_t kApart = kPagesAtOnce * kDigitTile, kProducts = 3 * 4 * 256;
+
+// Products of the digits of queries and keys of a page: of each 16 queries three tiles for every 16 keys.
+template <int tiles>
+void multiply_keys(const char* q, int64_t size, const char* page, int32_t* products) {
+  const int64_t steps = size / 64;
+  for (int64_t t = 0; t < 4; ++t) {
+    start_sums<tiles>();
+    for (int64_t s = 0; s < steps; ++s) {
+      add_digits<tiles, false>({q + s * 3 * kDigitTile, steps * 3 * kDigitTile, kDigitTile},
+                               page + (t * steps + s) * 3 * kDigitTile);
+    }
+    store_sums<tiles>(products + t * 768, kProducts);
+  }
+}
+
+// Of weights and values, 16 of the head's.
+template <int tiles>
+void multiply_values(const char* weights, const char* const* page, int64_t pages, int64_t offset, int32_t* products) {
+  start_sums<tiles>();
+  for (int64_t n = 0; n < pages; ++n) {
+    add_digits<tiles, true>({weights + n * kDigitTile, kWeights, kApart}, page[n] + offset);
+  }
+  store_sums<tiles>(products, 768);
+}
+
 // At most 32 queries, whose digits lie at `q`, go through at most kPagesAtOnce pages. seen(r): what query r sees, in
 // tokens from the first page on; perhaps nothing.
 template <class SeenBy>
 void attend_by_digits(const char* const* page, int64_t pages, int64_t queries, int64_t size, const float* q,
                       const float* q_units, const SeenBy& seen, float* top, float* sums, float* read, float* room) {
-  constexpr int64_t kApart = kPagesAtOnce * kDigitTile, kScores = kPagesAtOnce * kPage, kProducts = 3 * 4 * 256;
+  constexpr int64_t kScores = kPagesAtOnce * kPage;
   auto* products = reinterpret_cast<int32_t*>(room);
   float* scores = room + kTiles * kProducts;
   char* weights = reinterpret_cast<char*>(scores + kTiles * kTileScores);
-  const auto* left = reinterpret_cast<const char*>(q);
-  const int64_t steps = size / 64, tiles = (queries + 15) / 16;
+  asm volatile("" ::: "memory");  // gcc 12 does not know that a tile is loaded from memory
   for (int64_t n = 0; n < pages; ++n) {
+    (queries > 16 ? multiply_keys<2> : multiply_keys<1>)(reinterpret_cast<const char*>(q), size, page[n], products);
     const float* units = units_of_keys(page[n], size);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const char* right = page[n];
-      for (int64_t t = 0; t < 4; ++t) {
-        start_sums();
-        for (int64_t s = 0; s < steps; ++s, right += 3 * kDigitTile) {
-          if (steps > 1 || t == 0) load_digits(left + (tile * steps + s) * 3 * kDigitTile, kDigitTile);
-          add_digits<false>(right);
-        }
-        store_sums(products + tile * kProducts + t * 768);
-      }
-    }
     for (int64_t r = 0; r < queries; ++r) {
 #pragma GCC unroll 4
       for (int64_t t = 0; t < 4; ++t) {
@@ -317,24 +352,20 @@ void attend_by_digits(const char* const* page, int64_t pages, int64_t queries, i
       }
     }
   }
-  float unit[kTiles * 16];
+  float unit[kTiles * 16], less[kTiles * 16];
   for (int64_t r = 0; r < queries; ++r) {
     const Seen its = seen(r);
     const auto soften = its.low > 0 || its.high < pages * kPage ? soften_to_digits<true> : soften_to_digits<false>;
-    unit[r] = soften(scores + r * kScores, its, pages, page, size, top[r], sums + r * kLanes, read + r * size,
-                     weights + r / 16 * kWeights + r % 16 * 64, kApart);
+    unit[r] = soften(scores + r * kScores, its, pages, page, size, top[r], sums + r * kLanes,
+                     weights + r / 16 * kWeights + r % 16 * 64, less[r]);
   }
+  asm volatile("" ::: "memory");
   for (int64_t c = 0; c < size; c += 16) {
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      start_sums();
-      for (int64_t n = 0; n < pages; ++n) {
-        load_digits(weights + tile * kWeights + n * kDigitTile, kApart);
-        add_digits<true>(page[n] + key_bytes(size) + c / 16 * 3 * kDigitTile);
-      }
-      store_sums(products + tile * 768);
-    }
+    (queries > 16 ? multiply_values<2> : multiply_values<1>)(weights, page, pages,
+                                                             key_bytes(size) + c / 16 * 3 * kDigitTile, products);
     for (int64_t r = 0; r < queries; ++r) {
-      vec(read + r * size + c) += whole_sum(products + r / 16 * 768 + r % 16 * 16) * unit[r];
+      Vec& to = vec(read + r * size + c);
+      to = to * less[r] + whole_sum(products + r / 16 * 768 + r % 16 * 16) * unit[r];
     }
   }
 }
