@@ -6,7 +6,7 @@
 // whatever other rows are there and however a prompt was cut into chunks. The twin is model/transformer.py.
 //
 // Shapes: M rows, D width, H query and J key heads of size C, E experts, K chosen, F hidden width of an expert.
-// A page holds kPage tokens of one layer and one key head: keys [C, kPage], then values [kPage, C].
+// A page holds kPage tokens of one layer and one key head: keys [C, kPage], then values [kPage, C]; or whole numbers.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -138,7 +138,7 @@ class Decoder : public torch::CustomClassHolder {
     const int64_t layers = take();
     heads_ = take(), key_heads_ = take(), size_ = take(), experts_ = take(), chosen_ = take(), window_ = take();
     dense_ = take(), hidden_ = take(), shared_ = take();
-    digits_ = by_digits(size_), logarithm_ = digits_ ? 0.693147181f : 1.0f;
+    digits_ = by_digits(size_);
     eps_ = static_cast<float>(constants.at(0)), route_scale_ = static_cast<float>(constants.at(1));
     embed_scale_ = static_cast<float>(constants.at(2));
     for (int64_t i = 0; i < size_ / 2; ++i) frequencies_.push_back(static_cast<float>(constants.at(3 + i)));
@@ -198,6 +198,8 @@ class Decoder : public torch::CustomClassHolder {
     take_in(step);
     TORCH_CHECK(out.numel() == static_cast<int64_t>(wanted_.size()) * vocabulary_, "logits of another size");
     take_pool(pools_[1], paged), take_pool(pools_[0], local);
+    whole_ = digits_ && !pools_[0].narrow && !pools_[1].narrow;
+    logarithm_ = whole_ ? 0.693147181f : 1.0f;
     const int members = at::get_num_threads();
     make_room();
     for (const int global : {0, 1}) plan_attention(global, members);
@@ -422,7 +424,7 @@ class Decoder : public torch::CustomClassHolder {
     if (pools_[layer.global].narrow) {
       put(page<uint16_t>(layer, sequence_[row], block, head), narrowed);
 #ifdef TRINITY_DIGITS
-    } else if (digits_) {
+    } else if (whole_) {
       put_token(k, v, size_, slot, reinterpret_cast<char*>(page<float>(layer, sequence_[row], block, head)));
 #endif
     } else {
@@ -456,7 +458,7 @@ class Decoder : public torch::CustomClassHolder {
     auto &merges = merges_[global];
     tasks.clear(), merges.clear();
     const int64_t group = heads_ / key_heads_, enough = 4 * members;
-    int64_t together = std::max(kFewRows, (digits_ ? kMoreQueries : kQueries) / group), partials = 0;
+    int64_t together = std::max(kFewRows, (whole_ ? kMoreQueries : kQueries) / group), partials = 0;
     while (together > kFewRows && tiles(together) < enough) together = std::max(kFewRows, together / 2);
     const bool split = tiles(together) < enough / 2;
     for (const Stretch& s : stretches_) {
@@ -569,7 +571,7 @@ class Decoder : public torch::CustomClassHolder {
       }
     };
 #ifdef TRINITY_DIGITS
-    if (digits_) {
+    if (whole_) {
       const AmxTiles tiles(static_cast<uint8_t>(std::min<int64_t>(16, queries)));
       float *left = more, *units = left + query_floats(queries, size_);
       put_queries(q, queries, size_, left, units);
@@ -590,13 +592,10 @@ class Decoder : public torch::CustomClassHolder {
 
   // Floats that a task needs to go through pages.
   int64_t room_of(const Layer& layer, int64_t queries) const {
-    const bool narrow = pools_[layer.global].narrow;
 #ifdef TRINITY_DIGITS
-    if (digits_) {
-      return query_floats(queries, size_) + whole_line(queries) + kDigitRoom + (narrow ? kPagesAtOnce * page_size() : 0);
-    }
+    if (whole_) return query_floats(queries, size_) + whole_line(queries) + kDigitRoom;
 #endif
-    return kTogether * kPage + (narrow ? page_size() : 0);
+    return kTogether * kPage + (pools_[layer.global].narrow ? page_size() : 0);
   }
 
   // The queries of a task go through pages `low` to `high` of one stretch.
@@ -632,16 +631,12 @@ class Decoder : public torch::CustomClassHolder {
   void through_digits(const Layer& layer, const Task& task, int64_t low, int64_t high, const float* left,
                       const float* units, float* top, float* sums, float* read, float* room) {
     const int64_t group = heads_ / key_heads_, queries = task.count * group;
-    const bool narrow = pools_[layer.global].narrow;
     for (int64_t next = low; next < high;) {
       const int64_t first = next;
       next = std::min(high, (first / kPagesAtOnce + 1) * kPagesAtOnce);
       const char* its_pages[kPagesAtOnce];
       for (int64_t block = first; block < next; ++block) {
-        char* wide = reinterpret_cast<char*>(room + kDigitRoom + (block - first) * page_size());
-        if (narrow) widen_to_digits(page<uint16_t>(layer, task.sequence, block, task.head), size_, wide);
-        its_pages[block - first] =
-            narrow ? wide : reinterpret_cast<const char*>(page<float>(layer, task.sequence, block, task.head));
+        its_pages[block - first] = reinterpret_cast<const char*>(page<float>(layer, task.sequence, block, task.head));
       }
       for (int64_t i = 0; i < queries; i += kTiles * 16) {
         const int64_t here = std::min<int64_t>(kTiles * 16, queries - i);
@@ -771,8 +766,7 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   std::vector<at::Tensor> weights_;
-  float logarithm_ = 1.0f;  // of what scores are powers of
-  bool digits_ = false;  // attention in whole numbers on AMX, and pages of float32 hold these (digits.h)
+  bool digits_ = false;  // pages of float32 hold whole numbers, and attention multiplies these on AMX (digits.h)
   c10::intrusive_ptr<ExpertCache> cache_;  // null where all experts are in memory
   at::Tensor embedding_;
   const float* final_norm_ = nullptr;
@@ -784,6 +778,8 @@ class Decoder : public torch::CustomClassHolder {
 
   // Of one step.
   int64_t rows_ = 0;
+  bool whole_ = false;  // in whole numbers: in bfloat16 a page would be split for every token that is written
+  float logarithm_ = 1.0f;  // of what scores are powers of
   Pool pools_[2];
   std::vector<Stretch> stretches_;
   std::vector<Task> tasks_[2];

@@ -11,7 +11,7 @@
 // 16 tokens and every 64 of the head (four that follow one another to a lane), of values for every 16 of the head (tokens
 // i, i + 16, i + 32 and i + 48 to a lane).
 
-#include <cstring>
+#include <type_traits>
 
 #include "amx.h"
 #include "pages.h"
@@ -22,11 +22,11 @@
 
 namespace trinity {
 
-constexpr int64_t kDigitTile = 1024;      // bytes
-constexpr int64_t kPagesAtOnce = 4;       // whose reading has one unit a query; a divisor of every stretch
-constexpr float kMost = 127 * 65536;      // the largest whole number, of 24 bits in digits of -128 .. 127
-constexpr float kMostWeight = 8388000;    // of the 23 bits of a weight, in digits of 0 .. 255; with room for rounding
-constexpr float kNothing = 1e-30f;        // where all values are smaller they count as zero
+constexpr int64_t kDigitTile = 1024;       // bytes
+constexpr int64_t kPagesAtOnce = 4;        // whose reading has one unit a query; a divisor of every stretch
+constexpr float kMost = 127 * 65536;       // the largest whole number, of 24 bits in digits of -128 .. 127
+constexpr float kMostWeight = 8388000;     // of the 23 bits of a weight, in digits of 0 .. 255; with room for rounding
+constexpr float kNothing = 1e-30f;         // where all values are smaller they count as zero
 
 // Whether heads of this size go through digits from now on.
 inline bool by_digits([[maybe_unused]] int64_t size) {
@@ -54,7 +54,6 @@ inline Whole rounded(Vec x) { return std::bit_cast<Whole>(_mm512_cvtps_epi32(std
 inline Whole balanced(Whole x) { return (x + 0x8080) ^ 0x8080; }
 inline float unit_for(float widest) { return widest * (256.0f / kMost); }
 inline float into_wholes(float widest) { return widest > kNothing ? kMost / widest : 0.0f; }
-inline Vec into_wholes(Vec widest) { return widest > kNothing ? kMost / widest : Vec{}; }
 inline Vec size_of(Vec x) { return std::bit_cast<Vec>(std::bit_cast<IntVec>(x) & 0x7fffffff); }
 
 inline Vec larger(Vec x, Vec y) { return std::bit_cast<Vec>(_mm512_max_ps(std::bit_cast<__m512>(x), std::bit_cast<__m512>(y))); }
@@ -63,7 +62,6 @@ inline Vec larger(Vec x, Vec y) { return std::bit_cast<Vec>(_mm512_max_ps(std::b
 struct Widest {
   __m512i bits = _mm512_setzero_si512();
   void add(Vec size) { bits = _mm512_max_epu32(bits, std::bit_cast<__m512i>(size)); }
-  Vec each() const { return std::bit_cast<Vec>(bits); }
   float of_all() const { return std::bit_cast<float>(_mm512_reduce_max_epu32(bits)); }
 };
 
@@ -109,40 +107,6 @@ inline void put_token(const float* key, const float* value, int64_t size, int64_
   put(value, units[kPage + slot], [&](int64_t c) {
     return page + key_bytes(size) + c / 16 * 3 * kDigitTile + slot % 16 * 64 + c % 16 * 4 + slot / 16;
   });
-}
-
-// A page of bfloat16, keys [C, kPage] then values [kPage, C], as whole numbers.
-inline void widen_to_digits(const uint16_t* from, int64_t size, char* page) {
-  const auto at = [&](int64_t i) { return std::bit_cast<Vec>(halves(reinterpret_cast<const char*>(from + i)) << 16); };
-  float* units = units_of_keys(page, size);
-  for (int64_t t = 0; t < kPage; t += 16) {
-    Widest widest;
-    for (int64_t c = 0; c < size; ++c) widest.add(size_of(at(c * kPage + t)));
-    const Vec factor = into_wholes(widest.each());
-    vec(units + t) = widest.each() * (256.0f / kMost);
-    for (int64_t c = 0; c < size; c += 4) {
-      const auto its = [&](int64_t b) { return balanced(rounded(at((c + b) * kPage + t) * factor)); };
-      put_digits(its(0), its(1), its(2), its(3),
-                 page + ((t / 16 * (size / 64) + c / 64) * 3) * kDigitTile + c % 64 / 4 * 64, kDigitTile);
-    }
-  }
-  from += kPage * size, units += kPage, page += key_bytes(size);
-  alignas(64) float factors[kPage];
-  for (int64_t t = 0; t < kPage; ++t) {
-    Widest widest;
-    for (int64_t c = 0; c < size; c += kLanes) widest.add(size_of(at(t * size + c)));
-    const float most = widest.of_all();
-    units[t] = unit_for(most), factors[t] = into_wholes(most);
-  }
-  for (int64_t i = 0; i < 16; ++i) {
-    for (int64_t c = 0; c < size; c += 16) {
-      const auto its = [&](int64_t q) {
-        const int64_t t = q * 16 + i;
-        return balanced(rounded(at(t * size + c) * factors[t]));
-      };
-      put_digits(its(0), its(1), its(2), its(3), page + c / 16 * 3 * kDigitTile + i * 64, kDigitTile);
-    }
-  }
 }
 
 // Queries as left sides: tiles of 16 of them and 64 of the head, three for the digits of each; and their units.
