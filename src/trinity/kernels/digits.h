@@ -56,7 +56,9 @@ inline float unit_for(float widest) { return widest * (256.0f / kMost); }
 inline float into_wholes(float widest) { return widest > kNothing ? kMost / widest : 0.0f; }
 inline Vec size_of(Vec x) { return std::bit_cast<Vec>(std::bit_cast<IntVec>(x) & 0x7fffffff); }
 
-inline Vec larger(Vec x, Vec y) { return std::bit_cast<Vec>(_mm512_max_ps(std::bit_cast<__m512>(x), std::bit_cast<__m512>(y))); }
+inline Vec larger(Vec x, Vec y) {
+  return std::bit_cast<Vec>(_mm512_max_ps(std::bit_cast<__m512>(x), std::bit_cast<__m512>(y)));
+}
 
 // The largest sizes so far, as bits: what is no number is larger than all others.
 struct Widest {
@@ -74,7 +76,8 @@ inline float widest_of(const float* x, int64_t count) {
 // The digits of four vectors, those of a lane side by side: the highest, `apart` bytes on the middle ones, then the lowest.
 inline void put_digits(Whole a, Whole b, Whole c, Whole d, char* to, int64_t apart) {
   const auto low = [](Whole x, Whole y) {
-    return std::bit_cast<Whole>(_mm512_mask_blend_epi16(0xaaaaaaaa, std::bit_cast<__m512i>(x), std::bit_cast<__m512i>(y << 16)));
+    const auto above = std::bit_cast<__m512i>(y << 16);
+    return std::bit_cast<Whole>(_mm512_mask_blend_epi16(0xaaaaaaaa, std::bit_cast<__m512i>(x), above));
   };
   const Whole even = low(a, c), odd = low(b, d);
   constexpr int kEven = 0x00ff00ff, kOdd = static_cast<int>(0xff00ff00);
@@ -120,7 +123,9 @@ inline void put_queries(const float* q, int64_t queries, int64_t size, float* di
     for (int64_t c = 0; c < size; c += kLanes) {
       const auto its = std::bit_cast<__m512i>(balanced(rounded(vec(q + i * size + c) * factor)));
       char* to = reinterpret_cast<char*>(digits) + (i / 16 * (size / 64) + c / 64) * 3 * kDigitTile + i % 16 * 64 + c % 64;
-      const auto put = [&](__m512i x, char* to) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x)); };
+      const auto put = [&](__m512i x, char* to) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x));
+      };
       put(_mm512_srai_epi32(its, 16), to);
       put(_mm512_srai_epi32(its, 8), to + kDigitTile);
       put(its, to + 2 * kDigitTile);
@@ -217,7 +222,8 @@ inline Vec power_of_two(Vec x) {
 }
 
 // Scores of a query over some pages, in powers of two, become 2^(score - highest so far) as in `soften`, times the unit
-// of its key's value: digits of 0 .. 255, in a tile for each page. Returns the unit of the whole; `less`: to what things read before sink.
+// of its key's value: digits of 0 .. 255, in a tile for each page. Returns the unit of the whole; `less` is by what things
+// read before are multiplied.
 template <bool partly>
 inline float soften_to_digits(float* scores, Seen seen, int64_t pages, const char* const* page, int64_t size, float& highest,
                               float* sums, char* to, float& less) {
@@ -259,7 +265,9 @@ inline float soften_to_digits(float* scores, Seen seen, int64_t pages, const cha
   const float unit = widest.of_all(), factor = unit > kNothing ? kMostWeight / unit : 0.0f;
   for (int64_t n = 0; n < pages; ++n, to += kDigitTile) {
     // Rounded to a whole number in the lower 23 bits; bit 23 is 0.
-    const auto its = [&](int64_t v) { return std::bit_cast<Whole>(vec(scores + (n * V + v) * kLanes) * factor + 8388608.0f); };
+    const auto its = [&](int64_t v) {
+      return std::bit_cast<Whole>(vec(scores + (n * V + v) * kLanes) * factor + 8388608.0f);
+    };
     put_digits(its(0), its(1), its(2), its(3), to, kPagesAtOnce * kDigitTile);
   }
   return unit * (256.0f / kMostWeight);
