@@ -1,5 +1,7 @@
 """The compiled decoder against the model's own code, in every kind of weight; and against itself in other company."""
 
+import copy
+import os
 from dataclasses import replace
 from random import Random
 
@@ -29,9 +31,13 @@ CONFIGS = {
     "debug": replace(recipe("debug").model, sliding_window=40),
     "odd": replace(recipe("debug").model, sliding_window=100, hidden_size=72, moe_intermediate_size=24, head_dim=12,
                    intermediate_size=52, vocab_size=515, num_shared_experts=0, num_experts=7, mup_enabled=False),
+    # Heads of whole numbers where the processor has AMX.
+    "wide": replace(recipe("debug").model, sliding_window=100, head_dim=64),
 }  # fmt: skip
 
 needs_kernels = pytest.mark.skipif(not is_loaded(), reason="no C++ compiler here")
+HAS_AMX = os.environ.get("TRINITY_KERNELS") != "tiles" and is_loaded() and torch.ops.trinity.use_amx(True)
+needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this processor has no AMX, or it is left out")
 
 
 def a_model(config: ModelConfig) -> Transformer:
@@ -96,6 +102,35 @@ def test_the_compiled_decoder_computes_what_the_model_does(model):
     found = read(runner, tokens, [STEP])
     torch.testing.assert_close(found, read(plain, tokens, [STEP]), rtol=1e-3, atol=1e-4)
     assert torch.equal(runner.expert_rows, plain.expert_rows)
+
+
+@needs_kernels
+@needs_amx
+@torch.inference_mode()
+def test_whole_numbers_on_amx_are_as_exact_as_float32():
+    """Against the model in float64, without experts: which of them are chosen turns on the last bit."""
+    model = a_model(replace(CONFIGS["wide"], num_dense_layers=CONFIGS["wide"].num_hidden_layers))
+    tokens = a_text(model.config, 700)
+    exact = plain_logits(copy.deepcopy(model).double(), tokens)
+    found = []
+    try:
+        for wanted in (False, True):
+            torch.ops.trinity.use_amx(wanted)
+            found.append(read(compiled(model), tokens, [STEP]))
+    finally:
+        torch.ops.trinity.use_amx(True)
+    by_float32, on_amx = [(logits - exact).norm() / exact.norm() for logits in found]
+    assert not torch.equal(*found) and on_amx < 2.5 * by_float32 < 1e-5
+
+
+@needs_kernels
+@needs_amx
+@pytest.mark.parametrize("projection", ["k_proj", "v_proj"])
+@torch.inference_mode()
+def test_what_is_no_number_comes_out_of_whole_numbers_again(projection: str):
+    model = a_model(replace(CONFIGS["wide"], num_hidden_layers=1, num_dense_layers=1))
+    getattr(model.layers[0].self_attn, projection).weight[3] = torch.inf
+    assert read(compiled(model), a_text(model.config, 9), [STEP]).isnan().all()
 
 
 @needs_kernels
@@ -195,14 +230,24 @@ def narrowed(model: Transformer, kind: Kind) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("kind", "kv_dtype"), [("float32", "float32"), ("int4", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "kind", "kv_dtype"),
+    [
+        ("debug", "float32", "float32"),
+        ("debug", "int4", "float32"),
+        ("debug", "float32", "bfloat16"),
+        ("wide", "float32", "float32"),
+    ],
+)
 @settings(max_examples=12)
 @given(seed=st.integers(0, 10**6))
 @torch.inference_mode()
-def test_no_bit_depends_on_company_or_on_how_a_text_is_cut(kind: Kind, kv_dtype: KvDtype, seed: int):
+def test_no_bit_depends_on_company_or_on_how_a_text_is_cut(name: str, kind: Kind, kv_dtype: KvDtype, seed: int):
     chance = Random(seed)
-    config = CONFIGS["debug"]
-    runner = RUNNERS.setdefault(kind, compiled(a_model(config), kind))
+    config = CONFIGS[name]
+    if (name, kind) not in RUNNERS:
+        RUNNERS[name, kind] = compiled(a_model(config), kind)
+    runner = RUNNERS[name, kind]
     texts = [a_text(config, chance.randint(1, 150), place) for place in range(chance.randint(1, 4))]
     pools, places = pools_for(config, len(texts), 150, kv_dtype)
     made: list[list[Tensor]] = [[] for _ in texts]
@@ -225,15 +270,15 @@ def test_no_bit_depends_on_company_or_on_how_a_text_is_cut(kind: Kind, kv_dtype:
         assert torch.equal(torch.cat(parts), read(runner, text, [1], kv_dtype))
 
 
-RUNNERS: dict[str, CompiledRunner] = {}
+RUNNERS: dict[tuple[str, str], CompiledRunner] = {}
 
 
 @needs_kernels
-@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "kv_dtype"), [("debug", "float32"), ("debug", "bfloat16"), ("wide", "float32")])
 @torch.inference_mode()
-def test_threads_change_no_bit_where_one_sequence_is_long(kv_dtype: KvDtype):
+def test_threads_change_no_bit_where_one_sequence_is_long(name: str, kv_dtype: KvDtype):
     """Beyond 1,024 tokens a few queries' softmaxes are made in parts, by whoever is free."""
-    config = replace(CONFIGS["debug"], sliding_window=1500, num_hidden_layers=4, max_position_embeddings=4096)
+    config = replace(CONFIGS[name], sliding_window=1500, num_hidden_layers=4, max_position_embeddings=4096)
     runner = compiled(a_model(config))
     tokens = a_text(config, 2600)
     before = torch.get_num_threads()

@@ -38,13 +38,15 @@ constexpr int64_t packed_size(int64_t lines, int64_t depth) {
 
 #ifdef TRINITY_AMX
 
-// The matrix unit in the hands of this thread, eight tiles of 16 rows of 64 bytes.
+// The matrix unit in the hands of this thread, eight tiles of 16 rows of 64 bytes; or, all but the
+// last, of as many rows as a left side has.
 class AmxTiles {
  public:
-  AmxTiles() {
+  explicit AmxTiles(uint8_t rows = 16) {
     Configuration all;
     std::fill_n(all.row_bytes, 8, uint16_t{64});
-    std::fill_n(all.rows, 8, uint8_t{16});
+    std::fill_n(all.rows, 7, rows);
+    all.rows[7] = 16;
     // gcc 12 thinks that the instruction reads eight bytes and may drop what fills the others.
     asm volatile("" ::"m"(all));
     _tile_loadconfig(&all);
@@ -250,7 +252,7 @@ inline void multiply_packed(int64_t rows, int64_t columns, int64_t depth, const 
 #else  // never called: has_amx() is false
 
 struct AmxTiles {
-  AmxTiles() { std::abort(); }
+  explicit AmxTiles(uint8_t = 16) { std::abort(); }
 };
 template <Side side>
 void pack_side(Left, int64_t, int64_t, float*) {}

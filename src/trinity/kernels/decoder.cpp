@@ -6,7 +6,7 @@
 // whatever other rows are there and however a prompt was cut into chunks. The twin is model/transformer.py.
 //
 // Shapes: M rows, D width, H query and J key heads of size C, E experts, K chosen, F hidden width of an expert.
-// A page holds kPage tokens of one layer and one key head: keys [C, kPage], then values [kPage, C].
+// A page holds kPage tokens of one layer and one key head: keys [C, kPage], then values [kPage, C]; or whole numbers.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -24,6 +24,7 @@
 #include <numeric>
 #include <vector>
 
+#include "digits.h"
 #include "expert_cache.h"
 #include "pages.h"
 #include "panels.h"
@@ -36,6 +37,7 @@ namespace {
 
 constexpr int64_t kStretch = 16;   // pages whose softmax is made in one go
 constexpr int64_t kQueries = 192;  // that go through pages together where a prompt is read: a page is fetched for all
+constexpr int64_t kMoreQueries = 768;  // the same where whole numbers are multiplied, and fetching is the more of it
 constexpr int64_t kFewRows = 8;    // that one thread normalises sooner than several, and that share no page's fetch
 
 struct Layer {
@@ -136,6 +138,7 @@ class Decoder : public torch::CustomClassHolder {
     const int64_t layers = take();
     heads_ = take(), key_heads_ = take(), size_ = take(), experts_ = take(), chosen_ = take(), window_ = take();
     dense_ = take(), hidden_ = take(), shared_ = take();
+    digits_ = by_digits(size_);
     eps_ = static_cast<float>(constants.at(0)), route_scale_ = static_cast<float>(constants.at(1));
     embed_scale_ = static_cast<float>(constants.at(2));
     for (int64_t i = 0; i < size_ / 2; ++i) frequencies_.push_back(static_cast<float>(constants.at(3 + i)));
@@ -196,6 +199,8 @@ class Decoder : public torch::CustomClassHolder {
     take_in(step);
     TORCH_CHECK(out.numel() == static_cast<int64_t>(wanted_.size()) * vocabulary_, "logits of another size");
     take_pool(pools_[1], paged), take_pool(pools_[0], local);
+    whole_ = digits_ && !pools_[0].narrow && !pools_[1].narrow;
+    logarithm_ = whole_ ? 0.693147181f : 1.0f;
     const int members = at::get_num_threads();
     make_room();
     for (const int global : {0, 1}) plan_attention(global, members);
@@ -419,6 +424,10 @@ class Decoder : public torch::CustomClassHolder {
     };
     if (pools_[layer.global].narrow) {
       put(page<uint16_t>(layer, sequence_[row], block, head), narrowed);
+#ifdef TRINITY_DIGITS
+    } else if (whole_) {
+      put_token(k, v, size_, slot, reinterpret_cast<char*>(page<float>(layer, sequence_[row], block, head)));
+#endif
     } else {
       put(page<float>(layer, sequence_[row], block, head), [](float x) { return x; });
     }
@@ -450,7 +459,7 @@ class Decoder : public torch::CustomClassHolder {
     auto &merges = merges_[global];
     tasks.clear(), merges.clear();
     const int64_t group = heads_ / key_heads_, enough = 4 * members;
-    int64_t together = std::max(kFewRows, kQueries / group), partials = 0;
+    int64_t together = std::max(kFewRows, (whole_ ? kMoreQueries : kQueries) / group), partials = 0;
     while (together > kFewRows && tiles(together) < enough) together = std::max(kFewRows, together / 2);
     const bool split = tiles(together) < enough / 2;
     for (const Stretch& s : stretches_) {
@@ -514,7 +523,8 @@ class Decoder : public torch::CustomClassHolder {
             const float* other_sum, const float* other) const {
     for (int64_t i = 0; i < queries; ++i) {
       const float top = std::max(highest[i], other_highest[i]);
-      const float mine = exponential(splat(highest[i] - top))[0], its = exponential(splat(other_highest[i] - top))[0];
+      const float mine = exponential(splat((highest[i] - top) * logarithm_))[0];
+      const float its = exponential(splat((other_highest[i] - top) * logarithm_))[0];
       highest[i] = top;
       sum[i] = sum[i] * mine + other_sum[i] * its;
       for (int64_t c = 0; c < size_; ++c) {
@@ -537,13 +547,12 @@ class Decoder : public torch::CustomClassHolder {
 
   void attend_tile(const Layer& layer, const Task& task) {
     const int64_t group = heads_ / key_heads_, queries = task.count * group, room = queries * (size_ + 2);
-    const bool narrow = pools_[layer.global].narrow;
     const float scale = 1.0f / std::sqrt(static_cast<float>(size_));
-    Scratch scratch{queries * size_, kTogether * kPage, room, room, queries * kLanes, narrow ? page_size() : 0};
-    float *q = scratch.take(queries * size_), *scores = scratch.take(kTogether * kPage);
+    Scratch scratch{queries * size_, room, room, queries * kLanes, room_of(layer, queries)};
+    float* q = scratch.take(queries * size_);
     float *highest = scratch.take(room), *sum = highest + queries, *answer = sum + queries;
     float *top = scratch.take(room), *part = top + queries, *read = part + queries;
-    float *sums = scratch.take(queries * kLanes), *wide = scratch.take(narrow ? page_size() : 0);
+    float *sums = scratch.take(queries * kLanes), *more = scratch.take(room_of(layer, queries));
     for (int64_t i = 0; i < queries; ++i) {
       const float* from = &projected_[(task.row + i / group) * projected_width() + (task.head * group + i % group) * size_];
       normalise(from, layer.query, size_, eps_, q + i * size_);
@@ -553,40 +562,98 @@ class Decoder : public torch::CustomClassHolder {
     if (alone() && task.position < task.last * kPage * kStretch) place(layer, task.row, task.head);  // the part that sees it
     std::fill_n(highest, queries, kLowest), std::fill_n(sum, queries * (size_ + 1), 0.0f);
     const int64_t begin = oldest(layer.global, task.position) / kPage, end = (task.position + task.count - 1) / kPage + 1;
-    for (int64_t stretch = task.first; stretch < task.last; ++stretch) {
-      std::fill_n(top, queries, kLowest), std::fill_n(read, queries * size_, 0.0f);
-      std::fill_n(sums, queries * kLanes, 0.0f);
-      const int64_t low = std::max(begin, stretch * kStretch), high = std::min(end, (stretch + 1) * kStretch);
-      for (int64_t block = low; block < high; ++block) {
-        const float* keys = wide;
-        if (narrow) {
-          widen(page<uint16_t>(layer, task.sequence, block, task.head), page_size(), wide);
-        } else {
-          keys = page<float>(layer, task.sequence, block, task.head);
-        }
-        for (int64_t i = 0; i < queries; i += kTogether) {
-          const int64_t here = std::min(kTogether, queries - i);
-          const int64_t position = task.position + i / group, newest = task.position + (i + here - 1) / group;
-          if (newest < block * kPage || oldest(layer.global, position) >= (block + 1) * kPage) continue;
-          multiply_here(here, kPage, size_, {q + i * size_, size_, 1}, keys, kPage, scores, kPage, false);
-          for (int64_t r = i; r < i + here; ++r) {
-            const int64_t its = task.position + r / group;
-            const Seen seen(its, oldest(layer.global, its), block * kPage);
-            soften(scores + (r - i) * kPage, seen, top[r], sums + r * kLanes, read + r * size_, size_);
-          }
-          const int64_t written = std::min(kPage, newest - block * kPage + 1);
-          multiply_rows(here, size_, written, {scores, kPage, 1}, keys + kPage * size_, read + i * size_, true);
-        }
+    const auto by_stretches = [&](const auto& go) {
+      for (int64_t stretch = task.first; stretch < task.last; ++stretch) {
+        std::fill_n(top, queries, kLowest), std::fill_n(read, queries * size_, 0.0f);
+        std::fill_n(sums, queries * kLanes, 0.0f);
+        go(std::max(begin, stretch * kStretch), std::min(end, (stretch + 1) * kStretch));
+        for (int64_t i = 0; i < queries; ++i) part[i] = std::accumulate(sums + i * kLanes, sums + (i + 1) * kLanes, 0.0f);
+        join(queries, highest, sum, answer, top, part, read);
       }
-      for (int64_t i = 0; i < queries; ++i) part[i] = std::accumulate(sums + i * kLanes, sums + (i + 1) * kLanes, 0.0f);
-      join(queries, highest, sum, answer, top, part, read);
-    }
+    };
+#ifdef TRINITY_DIGITS
+    if (whole_) {
+      const AmxTiles tiles(static_cast<uint8_t>(std::min<int64_t>(16, queries)));
+      float *left = more, *units = left + query_floats(queries, size_);
+      put_queries(q, queries, size_, left, units);
+      by_stretches([&](int64_t low, int64_t high) {
+        through_digits(layer, task, low, high, left, units, top, sums, read, units + whole_line(queries));
+      });
+    } else
+#endif
+      by_stretches([&](int64_t low, int64_t high) { through_pages(layer, task, low, high, q, top, sums, read, more); });
     if (task.partial < 0) {
       finish(task.row, task.count, task.head, sum, answer);
     } else {
       std::copy_n(highest, room, &partial_[task.partial * (size_ + 2)]);
     }
   }
+
+  static constexpr int64_t whole_line(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+  // Floats that a task needs to go through pages.
+  int64_t room_of(const Layer& layer, int64_t queries) const {
+#ifdef TRINITY_DIGITS
+    if (whole_) return query_floats(queries, size_) + whole_line(queries) + kDigitRoom;
+#endif
+    return kTogether * kPage + (pools_[layer.global].narrow ? page_size() : 0);
+  }
+
+  // The queries of a task go through pages `low` to `high` of one stretch.
+  void through_pages(const Layer& layer, const Task& task, int64_t low, int64_t high, const float* q, float* top,
+                     float* sums, float* read, float* room) {
+    const int64_t group = heads_ / key_heads_, queries = task.count * group;
+    float *scores = room, *wide = room + kTogether * kPage;
+    for (int64_t block = low; block < high; ++block) {
+      const float* keys = wide;
+      if (pools_[layer.global].narrow) {
+        widen(page<uint16_t>(layer, task.sequence, block, task.head), page_size(), wide);
+      } else {
+        keys = page<float>(layer, task.sequence, block, task.head);
+      }
+      for (int64_t i = 0; i < queries; i += kTogether) {
+        const int64_t here = std::min(kTogether, queries - i);
+        const int64_t position = task.position + i / group, newest = task.position + (i + here - 1) / group;
+        if (newest < block * kPage || oldest(layer.global, position) >= (block + 1) * kPage) continue;
+        multiply_here(here, kPage, size_, {q + i * size_, size_, 1}, keys, kPage, scores, kPage, false);
+        for (int64_t r = i; r < i + here; ++r) {
+          const int64_t its = task.position + r / group;
+          const Seen seen(its, oldest(layer.global, its), block * kPage);
+          soften(scores + (r - i) * kPage, seen, top[r], sums + r * kLanes, read + r * size_, size_);
+        }
+        const int64_t written = std::min(kPage, newest - block * kPage + 1);
+        multiply_rows(here, size_, written, {scores, kPage, 1}, keys + kPage * size_, read + i * size_, true);
+      }
+    }
+  }
+
+#ifdef TRINITY_DIGITS
+  // The same in whole numbers: the queries' digits and units, kPagesAtOnce pages at once from multiples of it on.
+  void through_digits(const Layer& layer, const Task& task, int64_t low, int64_t high, const float* left,
+                      const float* units, float* top, float* sums, float* read, float* room) {
+    const int64_t group = heads_ / key_heads_, queries = task.count * group;
+    for (int64_t next = low; next < high;) {
+      const int64_t first = next;
+      next = std::min(high, (first / kPagesAtOnce + 1) * kPagesAtOnce);
+      const char* its_pages[kPagesAtOnce];
+      for (int64_t block = first; block < next; ++block) {
+        its_pages[block - first] = reinterpret_cast<const char*>(page<float>(layer, task.sequence, block, task.head));
+      }
+      for (int64_t i = 0; i < queries; i += kTiles * 16) {
+        const int64_t here = std::min<int64_t>(kTiles * 16, queries - i);
+        const int64_t position = task.position + i / group, newest = task.position + (i + here - 1) / group;
+        const int64_t from = std::max(first, oldest(layer.global, position) / kPage), to = std::min(next, newest / kPage + 1);
+        if (from >= to) continue;
+        const auto seen = [&](int64_t r) {
+          const int64_t its = task.position + (i + r) / group;
+          return Seen(its, oldest(layer.global, its), from * kPage, to - from);
+        };
+        attend_by_digits(its_pages + (from - first), to - from, here, size_, left + query_floats(i, size_), units + i, seen,
+                         top + i, sums + i * kLanes, read + i * size_, room);
+      }
+    }
+  }
+#endif
 
   template <class Then>
   void through_experts(Team::Member& team, const Layer& layer, int64_t* counts, const Then& then) {
@@ -700,6 +767,7 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   std::vector<at::Tensor> weights_;
+  bool digits_ = false;  // pages of float32 hold whole numbers, and attention multiplies these on AMX (digits.h)
   c10::intrusive_ptr<ExpertCache> cache_;  // null where all experts are in memory
   at::Tensor embedding_;
   const float* final_norm_ = nullptr;
@@ -711,6 +779,8 @@ class Decoder : public torch::CustomClassHolder {
 
   // Of one step.
   int64_t rows_ = 0;
+  bool whole_ = false;  // in whole numbers: in bfloat16 a page would be split for every token that is written
+  float logarithm_ = 1.0f;  // of what scores are powers of
   Pool pools_[2];
   std::vector<Stretch> stretches_;
   std::vector<Task> tasks_[2];

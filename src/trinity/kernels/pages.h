@@ -37,11 +37,11 @@ inline float highest_of(Vec x, float least) {
   return x[0];
 }
 
-// The keys that a query sees, of a page's.
+// The keys that a query sees, of those of some pages.
 struct Seen {
   int64_t low, high;
-  Seen(int64_t position, int64_t oldest, int64_t start)
-      : low(std::max<int64_t>(0, oldest - start)), high(std::min(kPage, position + 1 - start)) {}
+  Seen(int64_t position, int64_t oldest, int64_t start, int64_t pages = 1)
+      : low(std::max<int64_t>(0, oldest - start)), high(std::min(pages * kPage, position + 1 - start)) {}
 };
 
 // Scores of a query over a page become e^(score - highest so far), zero where it does not see the key. Where the highest
