@@ -28,9 +28,11 @@ class Running:
         self.server = server
         self.url = url
         self.name = server.service.loaded.name
+        self.clients: list[openai.OpenAI] = []
 
     def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=30)
+        self.clients.append(openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=30))
+        return self.clients[-1]
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +66,12 @@ def serving(loaded: LoadedModel) -> Serving:
         thread = threading.Thread(target=server.serve_until_stopped, daemon=True)
         thread.start()
         assert ready.wait(20), "the server did not come up"
+        running = Running(server, url_of(listener))
         try:
-            yield Running(server, url_of(listener))
+            yield running
         finally:
+            for client in running.clients:  # one that is left to the collector may complain in another test
+                client.close()
             server.stop()
             assert server.ended.wait(10), "the server did not end"
             thread.join(5)
