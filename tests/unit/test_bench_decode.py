@@ -74,7 +74,7 @@ def test_what_an_engine_cannot_is_told_by_the_command(folder: Path):
     done = trinity("bench", "decode", str(folder), "--dtype", "int8", *LITTLE, TRINITY_KERNELS="off")
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.splitlines()[1:] == [
-        "trinity bench: int8 needs the compiled kernels. Install g++, or use dtype 'bfloat16'."
+        "trinity bench: int8 needs the compiled kernels. Install g++, or use the model in bfloat16."
     ]
 
 
