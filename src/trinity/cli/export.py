@@ -17,13 +17,15 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trinity.plan.inference import KINDS
+
 if TYPE_CHECKING:
     from trinity.ckpt.opened import OpenedModel, StoredModel
 
 FORMATS = {
     "hf": ("a Hugging Face folder", ("float32", "bfloat16")),
     "gguf": ("a GGUF file", ("float32", "bfloat16", "q8_0", "q4_0")),
-    "packed": ("a folder packed for the engine", ("float32", "bfloat16", "int8", "int4")),
+    "packed": ("a folder packed for the engine", KINDS),
 }
 
 

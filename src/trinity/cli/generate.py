@@ -11,6 +11,8 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from trinity.plan.inference import KINDS
+
 if TYPE_CHECKING:
     from trinity.engine.loaded import LoadedModel
 
@@ -45,7 +47,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     """Arguments of how a model is held in memory; `loaded` reads them back."""
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "int8", "int4"),
+        choices=KINDS,
         help="what weights are kept in (default: float32, on a GPU bfloat16, of a packed folder what it has)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")

@@ -81,30 +81,26 @@ def _runner(stored: StoredModel, dtype: Kind | None, device: str, expert_bytes: 
     kind = kind_of(packed) if packed is not None else dtype or ("float32" if where.type == "cpu" else "bfloat16")
     if dtype not in (None, kind):
         raise UsageError(f"{stored.folder} is packed in {kind}, not in {dtype}.", f"Leave --dtype {dtype} away.")
+    if expert_bytes and packed is None:
+        raise UsageError(
+            f"{stored.folder} is not packed, so its experts cannot stay on the disk.",
+            f"Write a packed folder first: trinity export {stored.folder} OUT --format packed --dtype int4.",
+        )
     what = "A packed folder" if packed is not None else kind
     if for_cpus and where.type != "cpu":
         raise UsageError(f"{what} is for CPUs alone.", "Use --device cpu, or the model in bfloat16.")
     if for_cpus and not is_loaded():
         raise UsageError(f"{what} needs the compiled kernels.", "Install g++, or use the model in bfloat16.")
     if where.type != "cpu" or not is_loaded():
-        _refuse_expert_bytes(stored, expert_bytes)
         _check_memory(kind, _plain_bytes(stored.config, kind), where)
         return runner_for(read_model(stored, kind).model.to(where))
     if packed is not None:
         _check_budget(stored.config, kind, expert_bytes)
         return CompiledRunner(read_packed(packed, stored.config, expert_bytes))
-    _refuse_expert_bytes(stored, expert_bytes)
-    _check_memory(kind, packed_bytes(stored.config, kind), where)
-    with progress(f"Packing {stored.name} in {kind}", packed_bytes(stored.config, kind)) as advance:
+    whole = packed_bytes(stored.config, kind)
+    _check_memory(kind, whole, where)
+    with progress(f"Packing {stored.name} in {kind}", whole) as advance:
         return CompiledRunner(decoder_weights(stored.config, stored.weights, kind, advance))
-
-
-def _refuse_expert_bytes(stored: StoredModel, expert_bytes: int) -> None:
-    if expert_bytes:
-        raise UsageError(
-            f"{stored.folder} is not packed, so its experts cannot stay on the disk.",
-            f"Write a packed folder first: trinity export {stored.folder} OUT --format packed --dtype int4.",
-        )
 
 
 def _plain_bytes(config: ModelConfig, kind: Kind) -> int:

@@ -54,7 +54,8 @@ def read_packed(file: TensorFile, config: ModelConfig, expert_bytes: int = 0) ->
 
     CheckpointError where the file is of another model, or where its bytes are not those that were written.
     """
-    kind, places = kind_of(file), layout(config, kind_of(file))
+    kind = kind_of(file)
+    places = layout(config, kind)
     for place in places:
         found = file.tensors.get(place.name)
         if found is None or (found.dtype, found.shape) != (place.dtype, place.shape):

@@ -9,7 +9,7 @@ what gate and up are made of, then down. `unpacked` is the twin: the values that
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from trinity.kernels.compiled import is_loaded
 from trinity.plan.inference import GROUP, PANEL, matrix_bytes, record_bytes
 
 Kind = Literal["float32", "bfloat16", "int8", "int4"]
-KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4")  # in the order of kernels/panels.h
+KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order of kernels/panels.h
 NARROW = ("int8", "int4")
 WIDEST = 65504 * 7  # of 4 bits, whose scale is a float16
 _BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
