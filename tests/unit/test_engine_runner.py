@@ -33,6 +33,7 @@ CONFIGS = {
                    intermediate_size=52, vocab_size=515, num_shared_experts=0, num_experts=7, mup_enabled=False),
     # Heads of whole numbers where the processor has AMX.
     "wide": replace(recipe("debug").model, sliding_window=100, head_dim=64),
+    "wider": replace(recipe("debug").model, sliding_window=100, head_dim=128, global_attn_every_n_layers=2),
 }  # fmt: skip
 
 needs_kernels = pytest.mark.skipif(not is_loaded(), reason="no C++ compiler here")
@@ -106,10 +107,11 @@ def test_the_compiled_decoder_computes_what_the_model_does(model):
 
 @needs_kernels
 @needs_amx
+@pytest.mark.parametrize("name", ["wide", "wider"])
 @torch.inference_mode()
-def test_whole_numbers_on_amx_are_as_exact_as_float32():
+def test_whole_numbers_on_amx_are_as_exact_as_float32(name: str):
     """Against the model in float64, without experts: which of them are chosen turns on the last bit."""
-    model = a_model(replace(CONFIGS["wide"], num_dense_layers=CONFIGS["wide"].num_hidden_layers))
+    model = a_model(replace(CONFIGS[name], num_dense_layers=CONFIGS[name].num_hidden_layers))
     tokens = a_text(model.config, 700)
     exact = plain_logits(copy.deepcopy(model).double(), tokens)
     found = []

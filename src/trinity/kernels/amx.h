@@ -45,8 +45,7 @@ class AmxTiles {
   explicit AmxTiles(uint8_t rows = 16) {
     Configuration all;
     std::fill_n(all.row_bytes, 8, uint16_t{64});
-    std::fill_n(all.rows, 7, rows);
-    all.rows[7] = 16;
+    std::fill_n(all.rows, 6, rows), std::fill_n(all.rows + 6, 2, uint8_t{16});
     // gcc 12 thinks that the instruction reads eight bytes and may drop what fills the others.
     asm volatile("" ::"m"(all));
     _tile_loadconfig(&all);

@@ -24,7 +24,7 @@
 #include <numeric>
 #include <vector>
 
-#include "digits.h"
+#include "digit_attention.h"
 #include "expert_cache.h"
 #include "pages.h"
 #include "panels.h"
@@ -38,6 +38,7 @@ namespace {
 constexpr int64_t kStretch = 16;   // pages whose softmax is made in one go
 constexpr int64_t kQueries = 192;  // that go through pages together where a prompt is read: a page is fetched for all
 constexpr int64_t kMoreQueries = 768;  // the same where whole numbers are multiplied, and fetching is the more of it
+constexpr int64_t kTilesToFetch = 4;  // of queries that go through a page long enough to fetch the next one meanwhile
 constexpr int64_t kFewRows = 8;    // that one thread normalises sooner than several, and that share no page's fetch
 
 struct Layer {
@@ -56,8 +57,7 @@ inline float dot(const float* a, const float* b, int64_t n) {
   Vec sum{};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) sum += vec(a + i) * vec(b + i);
-  float whole = 0.0f;
-  for (int l = 0; l < kLanes; ++l) whole += sum[l];
+  float whole = sum_of(sum);
   for (; i < n; ++i) whole += a[i] * b[i];
   return whole;
 }
@@ -71,15 +71,15 @@ inline void normalise(const float* from, const float* gain, int64_t size, float 
 inline float logistic(float x) { return sigmoid(splat(x))[0]; }
 
 // Pages of 2 MB for what is walked through: a fetch ahead that meets an unknown page waits for it. Only a wish.
-inline void in_huge_pages(const at::Tensor& weight) {
+inline void in_huge_pages(const at::Tensor& tensor, bool filled) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = 2 << 20;
-  constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1: now, since the tensor is filled already
-  const auto begin = reinterpret_cast<uintptr_t>(weight.const_data_ptr());
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + weight.nbytes()) / kHuge * kHuge;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1: now, where the tensor is filled already
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + tensor.nbytes()) / kHuge * kHuge;
   if (first >= last) return;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  madvise(reinterpret_cast<void*>(first), last - first, kCollapse);
+  if (filled) madvise(reinterpret_cast<void*>(first), last - first, kCollapse);
 #endif
 }
 
@@ -184,7 +184,7 @@ class Decoder : public torch::CustomClassHolder {
       layers_.push_back(layer);
     }
     TORCH_CHECK(next == weights_.size(), "weights are left over");
-    for (const at::Tensor& weight : weights_) in_huge_pages(weight);
+    for (const at::Tensor& weight : weights_) in_huge_pages(weight, true);
     waves_.resize(layers_.size());
     for (const int global : {0, 1}) pools_[global].layers = kinds[global];
   }
@@ -245,7 +245,9 @@ class Decoder : public torch::CustomClassHolder {
 
   static void take_pool(Pool& pool, const at::Tensor& values) {
     TORCH_CHECK(values.scalar_type() == at::kFloat || values.scalar_type() == at::kBFloat16, "pages of another kind");
-    pool.at = static_cast<char*>(values.mutable_data_ptr()), pool.narrow = values.scalar_type() == at::kBFloat16;
+    auto* at = static_cast<char*>(values.mutable_data_ptr());
+    if (at != pool.at) in_huge_pages(values, false);
+    pool.at = at, pool.narrow = values.scalar_type() == at::kBFloat16;
   }
 
   void make_room() {
@@ -521,14 +523,20 @@ class Decoder : public torch::CustomClassHolder {
   // Softmaxes over two stretches of keys become one over both.
   void join(int64_t queries, float* highest, float* sum, float* answer, const float* other_highest,
             const float* other_sum, const float* other) const {
-    for (int64_t i = 0; i < queries; ++i) {
-      const float top = std::max(highest[i], other_highest[i]);
-      const float mine = exponential(splat((highest[i] - top) * logarithm_))[0];
-      const float its = exponential(splat((other_highest[i] - top) * logarithm_))[0];
-      highest[i] = top;
-      sum[i] = sum[i] * mine + other_sum[i] * its;
-      for (int64_t c = 0; c < size_; ++c) {
-        answer[i * size_ + c] = answer[i * size_ + c] * mine + other[i * size_ + c] * its;
+    for (int64_t i = 0; i < queries; i += kLanes) {
+      const int64_t some = std::min<int64_t>(kLanes, queries - i);
+      Vec mine{}, its{};  // the highest scores, then what they leave of either
+      std::copy_n(highest + i, some, reinterpret_cast<float*>(&mine));
+      std::copy_n(other_highest + i, some, reinterpret_cast<float*>(&its));
+      const Vec top = mine > its ? mine : its;
+      mine = exponential((mine - top) * logarithm_), its = exponential((its - top) * logarithm_);
+      for (int64_t r = 0; r < some; ++r) {
+        const int64_t query = i + r;
+        highest[query] = top[r];
+        sum[query] = sum[query] * mine[r] + other_sum[query] * its[r];
+        for (int64_t c = 0; c < size_; ++c) {
+          answer[query * size_ + c] = answer[query * size_ + c] * mine[r] + other[query * size_ + c] * its[r];
+        }
       }
     }
   }
@@ -567,7 +575,7 @@ class Decoder : public torch::CustomClassHolder {
         std::fill_n(top, queries, kLowest), std::fill_n(read, queries * size_, 0.0f);
         std::fill_n(sums, queries * kLanes, 0.0f);
         go(std::max(begin, stretch * kStretch), std::min(end, (stretch + 1) * kStretch));
-        for (int64_t i = 0; i < queries; ++i) part[i] = std::accumulate(sums + i * kLanes, sums + (i + 1) * kLanes, 0.0f);
+        for (int64_t i = 0; i < queries; ++i) part[i] = sum_of(vec(sums + i * kLanes));
         join(queries, highest, sum, answer, top, part, read);
       }
     };
@@ -594,7 +602,7 @@ class Decoder : public torch::CustomClassHolder {
   // Floats that a task needs to go through pages.
   int64_t room_of(const Layer& layer, int64_t queries) const {
 #ifdef TRINITY_DIGITS
-    if (whole_) return query_floats(queries, size_) + whole_line(queries) + kDigitRoom;
+    if (whole_) return query_floats(queries, size_) + whole_line(queries) + DigitAttention::kRoom + kLanes;
 #endif
     return kTogether * kPage + (pools_[layer.global].narrow ? page_size() : 0);
   }
@@ -632,26 +640,40 @@ class Decoder : public torch::CustomClassHolder {
   void through_digits(const Layer& layer, const Task& task, int64_t low, int64_t high, const float* left,
                       const float* units, float* top, float* sums, float* read, float* room) {
     const int64_t group = heads_ / key_heads_, queries = task.count * group;
+    const int64_t tiles = (queries + kTileQueries - 1) / kTileQueries;
+    const auto its_page = [&](int64_t block) {
+      return reinterpret_cast<const char*>(page<float>(layer, task.sequence, block, task.head));
+    };
+    DigitAttention attention(size_, room + -reinterpret_cast<uintptr_t>(room) % 64 / sizeof(float));
     for (int64_t next = low; next < high;) {
       const int64_t first = next;
       next = std::min(high, (first / kPagesAtOnce + 1) * kPagesAtOnce);
-      const char* its_pages[kPagesAtOnce];
-      for (int64_t block = first; block < next; ++block) {
-        its_pages[block - first] = reinterpret_cast<const char*>(page<float>(layer, task.sequence, block, task.head));
-      }
-      for (int64_t i = 0; i < queries; i += kTiles * 16) {
-        const int64_t here = std::min<int64_t>(kTiles * 16, queries - i);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        if (tiles >= kTilesToFetch) {
+          for (int64_t block = next; block < std::min(high, next + kPagesAtOnce); ++block) fetch_part(its_page(block), tile, tiles);
+        }
+        const int64_t i = tile * kTileQueries, here = std::min(kTileQueries, queries - i);
         const int64_t position = task.position + i / group, newest = task.position + (i + here - 1) / group;
         const int64_t from = std::max(first, oldest(layer.global, position) / kPage), to = std::min(next, newest / kPage + 1);
         if (from >= to) continue;
-        const auto seen = [&](int64_t r) {
+        Passage passage{.page = {}, .pages = to - from, .queries = here,
+                        .digits = reinterpret_cast<const char*>(left + query_floats(i, size_)), .units = units + i,
+                        .top = top + i, .sums = sums + i * kLanes, .read = read + i * size_, .seen = {}};
+        for (int64_t block = from; block < to; ++block) passage.page[block - from] = its_page(block);
+        for (int64_t r = 0; r < here; ++r) {
           const int64_t its = task.position + (i + r) / group;
-          return Seen(its, oldest(layer.global, its), from * kPage, to - from);
-        };
-        attend_by_digits(its_pages + (from - first), to - from, here, size_, left + query_floats(i, size_), units + i, seen,
-                         top + i, sums + i * kLanes, read + i * size_, room);
+          passage.seen[r] = Seen(its, oldest(layer.global, its), from * kPage, to - from);
+        }
+        attention.attend(passage);
       }
     }
+    attention.finish();
+  }
+
+  // Of the pages that come next each tile of queries has a part fetched from memory, for all of them.
+  void fetch_part(const char* page, int64_t part, int64_t parts) const {
+    const int64_t lines = (2 * key_bytes(size_) + 2 * kPage * sizeof(float)) / kLine;
+    for (int64_t i = part * lines / parts; i < (part + 1) * lines / parts; ++i) __builtin_prefetch(page + i * kLine, 0, 2);
   }
 #endif
 
