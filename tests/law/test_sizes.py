@@ -7,6 +7,7 @@ import pytest
 
 SRC = Path(__file__).parents[2] / "src" / "trinity"
 FILE_LINES, FUNCTION_LINES = 400, 60
+SOURCE_LINES, SOURCES_LINES = 480, 3700  # of a C++ source, of all of them
 
 # Lines of *.py a package may hold.
 CEILINGS = {
@@ -52,6 +53,12 @@ def test_packages_stay_below_their_ceilings():
     print(f"{'in all':<10}{sum(table.values()):>8}{sum(CEILINGS.values()):>9}")
     over = {package: lines for package, lines in table.items() if lines > CEILINGS.get(package, 0)}
     assert not over, f"above their ceilings: {over}. Shorten them, or raise the ceiling with an ADR that says why."
+
+
+def test_cpp_sources_fit_a_reader():
+    lines = {path.name: lines_of(path) for path in SRC.rglob("*") if path.suffix in (".cpp", ".h")}
+    assert len(lines) > 10 and max(lines.values()) <= SOURCE_LINES, lines
+    assert sum(lines.values()) <= SOURCES_LINES, f"{sum(lines.values())} lines of C++"
 
 
 @pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda path: path.relative_to(SRC).as_posix())

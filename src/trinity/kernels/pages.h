@@ -23,21 +23,6 @@ inline void widen(const uint16_t* from, int64_t count, float* to) {
   for (; i < count; ++i) to[i] = std::bit_cast<float>(uint32_t{from[i]} << 16);
 }
 
-// All lanes as one, those at a distance of 1 first, then 2, 4, ...
-template <class Both>
-inline float folded(Vec x, const Both& both) {
-  [&]<int... Bit>(std::integer_sequence<int, Bit...>) {
-    const auto fold = [&]<int Step, int... L>(std::integral_constant<int, Step>, std::integer_sequence<int, L...>) {
-      x = both(x, __builtin_shufflevector(x, x, (L ^ Step)...));
-    };
-    ((1 << Bit < kLanes ? fold(std::integral_constant<int, (1 << Bit) % kLanes>{},
-                               std::make_integer_sequence<int, kLanes>{}) : void()), ...);
-  }(std::make_integer_sequence<int, 4>{});
-  return x[0];
-}
-
-inline float sum_of(Vec x) { return folded(x, [](Vec a, Vec b) { return a + b; }); }
-
 // The greatest of all lanes and `least`; what is no number counts as nothing.
 inline float highest_of(Vec x, float least) {
   return folded(x > least ? x : splat(least), [](Vec a, Vec b) { return a > b ? a : b; });

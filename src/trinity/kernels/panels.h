@@ -22,6 +22,8 @@ constexpr int64_t kPanel = 64, kGroup = 32;
 constexpr int kRowsAtOnce = kSums / 4;
 constexpr int64_t kLine = 64, kAhead = 4096;  // bytes: of a cache line; how far weights are fetched ahead of their use
 
+constexpr int64_t whole_panels(int64_t outputs) { return (outputs + kPanel - 1) / kPanel * kPanel; }
+
 enum class Kind : int64_t { kFloat32, kBFloat16, kInt8, kInt4 };
 
 constexpr int64_t bytes_of(Kind kind, int64_t values) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -46,6 +47,38 @@ inline Vec exponential(Vec x) {
 }
 
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
+
+inline float logistic(float x) { return sigmoid(splat(x))[0]; }
+
+// All lanes as one, those at a distance of 1 first, then 2, 4, ...
+template <class Both>
+inline float folded(Vec x, const Both& both) {
+  [&]<int... Bit>(std::integer_sequence<int, Bit...>) {
+    const auto fold = [&]<int Step, int... L>(std::integral_constant<int, Step>, std::integer_sequence<int, L...>) {
+      x = both(x, __builtin_shufflevector(x, x, (L ^ Step)...));
+    };
+    ((1 << Bit < kLanes ? fold(std::integral_constant<int, (1 << Bit) % kLanes>{},
+                               std::make_integer_sequence<int, kLanes>{}) : void()), ...);
+  }(std::make_integer_sequence<int, 4>{});
+  return x[0];
+}
+
+inline float sum_of(Vec x) { return folded(x, [](Vec a, Vec b) { return a + b; }); }
+
+inline float dot(const float* a, const float* b, int64_t n) {
+  Vec sum{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum += vec(a + i) * vec(b + i);
+  float whole = sum_of(sum);
+  for (; i < n; ++i) whole += a[i] * b[i];
+  return whole;
+}
+
+// to = from / rms(from) * gain, over `size` values.
+inline void normalise(const float* from, const float* gain, int64_t size, float eps, float* to) {
+  const float factor = 1.0f / std::sqrt(dot(from, from, size) / static_cast<float>(size) + eps);
+  for (int64_t i = 0; i < size; ++i) to[i] = from[i] * factor * gain[i];
+}
 
 // A left side: element (i, k) lies at at[i * row + k * column].
 struct Left {
