@@ -31,9 +31,8 @@ from matplotlib.figure import Figure
 
 from trinity.base.units import show_bytes, show_seconds
 from trinity.bench.engines import TRIED, Transformers
-from trinity.bench.subject import Asked, Side, Subject, Weights, random_prompt
+from trinity.bench.subject import Asked, DrawnWeights, Side, Subject, random_prompt
 from trinity.ckpt.opened import find_model
-from trinity.ckpt.weights import HeldWeights
 from trinity.config.engine import EngineLimits
 from trinity.config.model import ModelConfig
 from trinity.engine.engine import Engine
@@ -104,7 +103,7 @@ class Reader:
         config, self.tokenizer = subject.config, subject.tokenizer()
         every = config.num_hidden_layers + 1 if local_only else config.global_attn_every_n_layers
         self.config = replace(config, global_attn_every_n_layers=every)
-        weights = find_model(subject.folder).weights if subject.folder else HeldWeights(Weights(config))
+        weights = find_model(subject.folder).weights if subject.folder else DrawnWeights(config)
         self.runner = CompiledRunner(decoder_weights(self.config, weights, options.dtype))
         self.name, self.options = name, options
 

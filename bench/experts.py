@@ -18,68 +18,27 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from trinity.base.seeds import named_seed
 from trinity.base.units import parse_count, show_bytes
+from trinity.bench.subject import DrawnWeights
 from trinity.ckpt.hf import published_config
 from trinity.ckpt.model_folder import write_companions
 from trinity.ckpt.opened import StoredModel
 from trinity.ckpt.weights import PACKED
 from trinity.config.engine import EngineLimits
-from trinity.config.model import ModelConfig
 from trinity.data.progress import progress
 from trinity.engine.loaded import load
 from trinity.engine.packed import packed_bytes, write_packed
 from trinity.engine.request import Request, SamplingParams
 from trinity.engine.weights import kind_named
-from trinity.model.init import build_on_meta, fill_initial
 from trinity.recipes.table import recipe
 from trinity.text.train_bpe import train_bpe
 
-DRAWN = 2**22 + 9  # values that are drawn at all; a tensor takes them from a place of its own
 PROMPT = 128
-
-
-class DrawnWeights:
-    """Seeded weights of any size, made when they are asked for."""
-
-    def __init__(self, config: ModelConfig, skew: float) -> None:
-        self.config, self.skew, self.metas = config, skew, build_on_meta(config).state_dict()
-        drawn = torch.empty(DRAWN, 1)
-        fill_initial(drawn, "drawn", config, seed=0, rows=DRAWN)
-        self.twice = drawn.flatten().repeat(2)
-
-    def tensor(self, name: str) -> Tensor:
-        shape = self.metas[name].shape
-        if len(shape) > 1:
-            return self._values(name, shape)
-        values = torch.zeros(shape)
-        if name.endswith("expert_bias"):
-            generator = torch.Generator().manual_seed(named_seed(0, name))
-            values.normal_(0, self.skew, generator=generator) if self.skew else None
-        else:
-            fill_initial(values, name, self.config, seed=0, rows=len(values))
-        return values
-
-    def experts(self, name: str) -> Iterator[Tensor]:
-        for expert in range(len(self.metas[name])):
-            yield self._values(f"{name}.{expert}", self.metas[name].shape[1:])
-
-    def read_into(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in state.items():
-            tensor.copy_(self.tensor(name))
-
-    def _values(self, name: str, shape: torch.Size) -> Tensor:
-        start, count = named_seed(0, name) % DRAWN, shape.numel()
-        if count > DRAWN:
-            return self.twice[start : start + DRAWN].repeat(1 + count // DRAWN)[:count].view(shape)
-        return self.twice[start : start + count].view(shape)
 
 
 def packed_folder(options: argparse.Namespace) -> Path:

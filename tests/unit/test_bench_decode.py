@@ -125,7 +125,7 @@ def test_a_model_that_does_not_fit_is_not_loaded(folder: Path, monkeypatch, caps
     monkeypatch.setattr("trinity.bench.figures.free_bytes", lambda: 2**20)
     assert main(["bench", "decode", str(folder), "--dtype", "float32", "int4"]) == 2
     error = capsys.readouterr().err
-    assert "trinity-float32, trinity-int4 of little need 2.5 MiB of memory at once; 1.0 MiB are free." in error
+    assert "trinity-float32, trinity-int4 of little need 1.4 MiB of memory at once; 1.0 MiB are free." in error
 
 
 def test_no_model_is_told(tmp_path: Path, capsys):

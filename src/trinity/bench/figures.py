@@ -29,7 +29,6 @@ REMEDIES = {
     "transformers": "Try: pip install transformers",
     "llama": "Try: CXXFLAGS='-fno-dse -fno-tree-dse' pip install llama-cpp-python gguf",
 }
-LOADING = {"float32": 4, "bfloat16": 2, "int8": 2, "int4": 2}  # bytes a weight, beside what is kept, while it loads
 
 
 def compare(sides: list[Side], asked: Asked) -> dict[str, Any]:
@@ -78,9 +77,9 @@ def memory_needed(sides: list[Side]) -> float:
     held = most = 0.0
     for side in sides:
         weights = count_parameters(side.subject.config).total
-        loading = 4 if side.engine == "llama" and side.subject.folder is not None else LOADING.get(side.precision, 0)
+        whole = side.engine == "transformers" or (side.engine == "llama" and side.subject.folder is not None)
         held += weights * BITS[side.precision] / 8
-        most = max(most, held + weights * loading)
+        most = max(most, held + 4 * weights * whole)  # a state dict in float32, where one is made
     return most
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from trinity.base.seeds import named_seed
 from trinity.ckpt.opened import StoredModel, find_model, read_model
-from trinity.ckpt.weights import HeldWeights
 from trinity.config.model import ModelConfig
 from trinity.engine.loaded import LoadedModel, load, loaded
 from trinity.engine.weights import kind_named
@@ -25,28 +24,49 @@ TEXT_ROW, TEXT_TOKENS = 512, 4096  # of a text whose loss is taken: tokens of a 
 DRAWN = 2**24 - 3  # random values, a prime number of them: rows of matrices begin at ever other places
 
 
-class Weights(Mapping[str, Tensor]):
+class DrawnWeights(Mapping[str, Tensor]):
     """Seeded random weights of a shape, each made when it is asked for: Nano whole would not fit.
 
     Distributed as model/init.py has it, but matrices are cut from one drawing, from a place of their own on: six
-    billion values drawn one by one take longer than the measurement.
+    billion values drawn one by one take longer than the measurement. `skew` is the deviation of the selection biases:
+    it makes some experts popular. The weights of ckpt/weights.py, and a state dict.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config, self.metas = config, build_on_meta(config).state_dict()
-        self.drawn = torch.empty(DRAWN, 1)
-        fill_initial(self.drawn, "drawn", config, seed=0, rows=DRAWN)
+    def __init__(self, config: ModelConfig, skew: float = 0.0) -> None:
+        self.config, self.skew, self.metas = config, skew, build_on_meta(config).state_dict()
+        drawn = torch.empty(DRAWN, 1)
+        fill_initial(drawn, "drawn", config, seed=0, rows=DRAWN)
+        self.twice = drawn.flatten().repeat(2)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         shape = self.metas[name].shape
-        if len(shape) > 1:
-            start = named_seed(0, name) % DRAWN
-            times = -(-shape.numel() // DRAWN)
-            return self.drawn.flatten().roll(-start).repeat(times)[: shape.numel()].view(shape).clone()
+        if len(shape) == 3:
+            return torch.stack([*self.experts(name)])
+        if len(shape) == 2:
+            return self._cut(name, shape)
         values = torch.zeros(shape)
         if not name.endswith("expert_bias"):
             fill_initial(values, name, self.config, seed=0, rows=len(values))
+        elif self.skew:
+            values.normal_(0, self.skew, generator=torch.Generator().manual_seed(named_seed(0, name)))
         return values
+
+    def experts(self, name: str) -> Iterator[Tensor]:
+        for expert in range(len(self.metas[name])):
+            yield self._cut(f"{name}.{expert}", self.metas[name].shape[1:])
+
+    def read_into(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in state.items():
+            tensor.copy_(self.tensor(name))
+
+    def _cut(self, name: str, shape: torch.Size) -> Tensor:
+        start, count = named_seed(0, name) % DRAWN, shape.numel()
+        if count > DRAWN:
+            return self.twice[start : start + DRAWN].repeat(1 + count // DRAWN)[:count].view(shape)
+        return self.twice[start : start + count].view(shape)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.metas)
@@ -65,7 +85,9 @@ class Subject:
 
     def weights(self) -> Mapping[str, Tensor]:
         """In float32, by our names."""
-        return Weights(self.config) if self.folder is None else read_model(find_model(self.folder)).model.state_dict()
+        return (
+            DrawnWeights(self.config) if self.folder is None else read_model(find_model(self.folder)).model.state_dict()
+        )
 
     def tokenizer(self) -> Tokenizer:
         if self.folder is not None:
@@ -77,7 +99,7 @@ class Subject:
         if self.folder is not None:
             return load(self.folder, kind, "cpu")
         about = {"folder": Path(), "generation": {}, "lineage": {}, "load_balance_coeff": 0.0}
-        stored = StoredModel(config=self.config, weights=HeldWeights(Weights(self.config)), tokenizer=self.tokenizer(),
+        stored = StoredModel(config=self.config, weights=DrawnWeights(self.config), tokenizer=self.tokenizer(),
                              name=self.name, **about)  # fmt: skip
         return loaded(stored, kind_named(kind), "cpu")
 

@@ -138,10 +138,8 @@ class Decoder : public torch::CustomClassHolder {
     int64_t* counted = counts.mutable_data_ptr<int64_t>();
     Team team;
 #pragma omp parallel num_threads(members)
-    {
-      Team::Member member(team);
-      run(member, out.mutable_data_ptr<float>(), counted);
-    }
+    team.join([&](Team::Member& member) { run(member, out.mutable_data_ptr<float>(), counted); });
+    team.check();
     std::vector<int64_t> likeliest;
     for (const uint64_t rank : best_) likeliest.push_back(place_of(rank));
     return likeliest;

@@ -7,7 +7,10 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <mutex>
 #include <thread>
+#include <utility>
 
 namespace trinity {
 
@@ -62,7 +65,29 @@ class Team {
     uint64_t phase_ = 0;
   };
 
+  // One thread's part, in a region of many. What it throws ends the phases of all: an exception must not leave a region.
+  template <class Part>
+  void join(const Part& part) {
+    try {
+      Member member(*this);
+      part(member);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(guard_);
+      failure_ = std::current_exception();
+      state_.store(kNoPhase << 32);  // its task stays undone, so nobody else goes on to a next phase
+    }
+  }
+
+  // Behind the region: throws what a member threw.
+  void check() {
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+  }
+
  private:
+  static constexpr uint64_t kNoPhase = 0xffffffff;
+
+  std::mutex guard_;
+  std::exception_ptr failure_;
   alignas(64) std::atomic<uint64_t> state_ = 0;  // the phase, and the next of its tasks
   alignas(64) std::atomic<uint64_t> done_ = 0;
 };
