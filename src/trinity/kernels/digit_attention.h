@@ -302,25 +302,22 @@ class DigitAttention {
   // The six products of digits. Weights have no sign.
   template <bool weights>
   static void add_products(const char* right) {
+#define TRINITY_PRODUCT(sum, left, right) \
+  if constexpr (weights) {                \
+    _tile_dpbusd(sum, left, right);       \
+  } else {                                \
+    _tile_dpbssd(sum, left, right);       \
+  }
     _tile_loadd(6, right, 64);
     _tile_loadd(7, right + kDigitTile, 64);
-    if constexpr (weights) {
-      _tile_dpbusd(0, 3, 6);
-      _tile_dpbusd(1, 4, 6);
-      _tile_dpbusd(2, 5, 6);
-      _tile_loadd(6, right + 2 * kDigitTile, 64);
-      _tile_dpbusd(1, 3, 7);
-      _tile_dpbusd(2, 4, 7);
-      _tile_dpbusd(2, 3, 6);
-    } else {
-      _tile_dpbssd(0, 3, 6);
-      _tile_dpbssd(1, 4, 6);
-      _tile_dpbssd(2, 5, 6);
-      _tile_loadd(6, right + 2 * kDigitTile, 64);
-      _tile_dpbssd(1, 3, 7);
-      _tile_dpbssd(2, 4, 7);
-      _tile_dpbssd(2, 3, 6);
-    }
+    TRINITY_PRODUCT(0, 3, 6)
+    TRINITY_PRODUCT(1, 4, 6)
+    TRINITY_PRODUCT(2, 5, 6)
+    _tile_loadd(6, right + 2 * kDigitTile, 64);
+    TRINITY_PRODUCT(1, 3, 7)
+    TRINITY_PRODUCT(2, 4, 7)
+    TRINITY_PRODUCT(2, 3, 6)
+#undef TRINITY_PRODUCT
   }
 
   // Stored sums wait until those of the next products are: what was stored just now cannot be loaded yet.
