@@ -77,9 +77,9 @@ def memory_needed(sides: list[Side]) -> float:
     held = most = 0.0
     for side in sides:
         weights = count_parameters(side.subject.config).total
-        whole = side.engine == "transformers" or (side.engine == "llama" and side.subject.folder is not None)
+        whole = side.engine != "trinity" and side.subject.folder is not None  # read into a state dict in float32
         held += weights * BITS[side.precision] / 8
-        most = max(most, held + 4 * weights * whole)  # a state dict in float32, where one is made
+        most = max(most, held + 4 * weights * whole)
     return most
 
 
