@@ -16,7 +16,7 @@ CEILINGS = {
     "balance": 280,
     "base": 900,
     "bench": 800,
-    "ckpt": 1700,
+    "ckpt": 1720,
     "cli": 3050,
     "config": 900,
     "data": 3200,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from trinity.base.errors import UsageError, nearest
 from trinity.base.lineage import fingerprint, read_lineage, write_lineage
 from trinity.base.seeds import named_seed
-from trinity.base.units import parse_count, show_bytes, show_count, show_seconds
+from trinity.base.units import parse_bytes, parse_count, show_bytes, show_count, show_seconds
 
 
 @given(st.integers(0, 10**16))
@@ -33,6 +33,20 @@ def test_counts(text: str | int, count: int):
 def test_what_is_no_count_is_refused(text: str):
     with pytest.raises(UsageError, match="is not a count"):
         parse_count(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4G", 4 * 10**9), ("4GB", 4 * 10**9), ("1.5 gib", 3 * 2**29), ("512MiB", 2**29), ("80", 80), ("80B", 80), (7, 7)],
+)
+def test_sizes_in_bytes(text: str | int, size: int):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "4Q", "-1G", "4iB", "1e9", "4 G B", "4GiBs"])
+def test_what_is_no_size_is_refused(text: str):
+    with pytest.raises(UsageError, match="is not a number of bytes. Write one such as 800M, 4G or 4GiB."):
+        parse_bytes(text)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,14 @@ def test_who_fails_is_left_out_with_the_reason(folder: Path, monkeypatch, capsys
     assert shown.endswith("\n\ntrinity-int8 is left out: Its process ended with -9.\n")
 
 
+def test_a_packed_folder_is_measured_as_it_is_packed(folder: Path, tmp_path: Path, monkeypatch):
+    measured = []
+    monkeypatch.setattr("trinity.cli.bench.measure", lambda sides, options: measured.extend(sides))
+    assert main(["export", str(folder), str(tmp_path / "packed"), "--format", "packed", "--dtype", "bfloat16"]) == 0
+    assert main(["bench", "decode", str(tmp_path / "packed"), *LITTLE]) == 0
+    assert [side.name for side in measured] == ["trinity-bfloat16"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -105,6 +113,7 @@ def test_who_fails_is_left_out_with_the_reason(folder: Path, monkeypatch, capsys
         (["--prefill", "512"], "--prefill asks for 513 tokens of context, answer included; little has 512. Lower"),
         (["--tokens", "400"], "--tokens asks for 530 tokens of context, answer included; little has 512. Lower"),
         (["--text", "nowhere.txt"], "nowhere.txt: No such file or directory."),
+        (["--json", "nowhere/f.json"], "There is no folder for nowhere/f.json. Make it first, or name another"),
         (["--beside", "vllm"], "argument --beside: invalid choice: 'vllm'"),
         (["--beside", "llama.cpp"], "llama cannot be measured: no llama_cpp here. Try: CXXFLAGS="),
     ],

@@ -187,3 +187,26 @@ def test_a_checkpoint_that_another_run_made_is_refused(run: Path, changed: dict)
     (run / "config.json").write_text(json.dumps(changed))
     with pytest.raises(CheckpointError, match="step-00000003 is a checkpoint of another run than"):
         open_model(run)
+
+
+def test_what_lies_beside_a_manifest_is_checked_against_it(made: Path, tmp_path: Path):
+    folder = tmp_path / "folder"
+    shutil.copytree(made / "folder", folder)
+    seal(folder)
+    holds(open_model(folder), 3)
+    (folder / "generation_config.json").write_text("{}")  # free to change
+    holds(open_model(folder), 3)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="is not what its manifest.json promises: model.safetensors was altered"):
+        open_model(folder)
+    (folder / "model.safetensors").write_bytes(weights)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 90000.0}))
+    with pytest.raises(CheckpointError, match="config.json has .* bytes instead of .* taken as it is"):
+        open_model(folder)
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="manifest.json is not a manifest"):
+        open_model(folder)
+    (folder / "manifest.json").unlink()
+    open_model(folder)

@@ -17,6 +17,15 @@ def parse_count(text: str | int | float) -> int:
     return round(float(match[1].replace("_", "").replace(",", "")) * _POWERS[match[2].lower()])
 
 
+def parse_bytes(text: str | int) -> int:
+    """'4G' and '4GB' -> 4_000_000_000, '512MiB' -> 536_870_912, '80' -> 80. Raises UsageError on anything else."""
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*(?:([kmgt]?)(i?)b?)\s*", str(text).lower())
+    if not match or (match[3] and not match[2]):
+        raise UsageError(f"'{text}' is not a number of bytes.", "Write one such as 800M, 4G or 4GiB.")
+    power = "kmgt".index(match[2]) + 1 if match[2] else 0
+    return round(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
 def show_count(value: float) -> str:
     """1_500_000 -> '1.5M'. Three significant digits, prefix K, M, B or T."""
     for power, prefix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):

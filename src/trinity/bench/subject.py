@@ -66,7 +66,7 @@ class DrawnWeights(Mapping[str, Tensor]):
         return self.twice[start : start + count].view(shape)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensor(name)
+        return self.tensor(name).clone()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.metas)

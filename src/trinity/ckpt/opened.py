@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trinity.base.durable import MANIFEST, altered_files
 from trinity.base.errors import CheckpointError, UsageError
 from trinity.base.lineage import fingerprint
 from trinity.base.run import CONFIG
@@ -99,6 +100,7 @@ def find_model(path: Path | str, warn: Callable[[str], None] = to_stderr) -> Sto
         raise CheckpointError(
             f"{path} is not a model.", "Name a Hugging Face folder or a run folder with a checkpoint."
         )
+    _check_promises(path)
     config, packed = read_published_config(path), path / PACKED
     if packed.is_file() and shard_files(path)[0].is_file():
         raise CheckpointError(
@@ -116,6 +118,18 @@ def find_model(path: Path | str, warn: Callable[[str], None] = to_stderr) -> Sto
         lineage=_json_or_empty(path / "lineage.json"),
         load_balance_coeff=_json_or_empty(path / CONFIG).get("load_balance_coeff", DEFAULT_BALANCE_COEFF),
     )
+
+
+def _check_promises(folder: Path) -> None:
+    """Where a manifest lies beside a model: what it is read from must be as sealed. Packed weights have sums of their
+    own, so of them the size is enough; other files, such as the defaults of an answer, are free to change."""
+    if (folder / MANIFEST).is_file():
+        named = {told.split()[0]: told for told in altered_files(folder, known=(PACKED,))}
+        changed = [told for name, told in named.items()
+                   if name in (CONFIG, FILE, MANIFEST) or name.endswith((".safetensors", ".index.json"))]  # fmt: skip
+        if changed:
+            remedy = f"Copy the folder again. Without {MANIFEST} a model is taken as it is."
+            raise CheckpointError(f"{folder} is not what its {MANIFEST} promises: {'; '.join(changed)}.", remedy)
 
 
 def _find_checkpoint(folder: Path, run: Path, name: str) -> StoredModel:

@@ -24,9 +24,11 @@ PREFILL, PROMPT = (512, 4096), 128
 
 def configure(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
-    decode = kinds.add_parser("decode", help="tokens a second of decoding and of reading prompts")
+    decode = kinds.add_parser("decode", help="tokens a second of decoding and of reading prompts", description=__doc__,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     decode.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder or a run folder")
-    decode.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="what weights are kept in")
+    decode.add_argument("--dtype", nargs="+", choices=DTYPES, help="what weights are kept in (default: float32, of a "
+                        "packed folder what it has)")  # fmt: skip
     decode.add_argument("--beside", action="append", default=[], choices=BESIDE, help="another engine, on the same "
                         "weights; transformers in float32, llama.cpp in what is nearest to each --dtype")  # fmt: skip
     add_measures(decode, repeats=3)
@@ -36,7 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def add_measures(parser: argparse.ArgumentParser, repeats: int) -> None:
     """Arguments of what is measured; `asked_of` reads them back."""
     count: dict[str, Any] = {"type": _positive, "metavar": "N"}
-    parser.add_argument("--batch", nargs="+", default=[1, 8], help="sequences that get a token at once", **count)
+    parser.add_argument(
+        "--batch", nargs="+", default=[1, 8], help="sequences that get a token at once; default 1 8", **count
+    )
     parser.add_argument("--prefill", nargs="+", help="tokens of prompts that are read (default: 512 4096, where the "
                         "context holds them)", **count)  # fmt: skip
     parser.add_argument("--tokens", default=32, help="decoded of each sequence; default %(default)s", **count)
@@ -62,14 +66,18 @@ def bench_decode(options: argparse.Namespace) -> None:
     from trinity.bench.figures import PACKAGES
     from trinity.bench.subject import Side, Subject
     from trinity.ckpt.opened import find_model
+    from trinity.ckpt.weights import PackedWeights
+    from trinity.engine.packed import kind_of
 
     found = find_model(options.model)
     subject = Subject(name=found.name, config=found.config, folder=found.folder)
-    engines = [("trinity", dtype) for dtype in dict.fromkeys(options.dtype)]
+    own = kind_of(found.weights.file) if isinstance(found.weights, PackedWeights) else "float32"
+    dtypes = dict.fromkeys(options.dtype or [own])
+    engines = [("trinity", dtype) for dtype in dtypes]
     if "transformers" in options.beside:
         engines += [("transformers", "float32")]
     if "llama.cpp" in options.beside:
-        engines += [("llama", DTYPES[dtype]) for dtype in dict.fromkeys(options.dtype)]
+        engines += [("llama", DTYPES[dtype]) for dtype in dtypes]
     if not options.beside:
         here = [name for name in BESIDE if all(find_spec(module) for module in PACKAGES[BESIDE[name]])]
         told = f"--beside takes {' and '.join(here)}" if here else f"neither {' nor '.join(BESIDE)} is here"
@@ -93,6 +101,8 @@ def measure(sides: "list[Side]", options: argparse.Namespace) -> None:
     text = options.text.read_text(errors="replace") if options.text else None
     if text is not None and len(text) < 2:
         raise UsageError(f"{options.text} holds no text.", "Name a file with some pages of text.")
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise UsageError(f"There is no folder for {options.json}.", "Make it first, or name another place for --json.")
     context = sides[0].subject.config.max_position_embeddings
     with tempfile.TemporaryDirectory(prefix="trinity-bench-") as scratch:
         asked = Asked(

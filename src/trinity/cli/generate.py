@@ -60,10 +60,10 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 
 
 def loaded(options: argparse.Namespace) -> "LoadedModel":
-    from trinity.base.units import parse_count
+    from trinity.base.units import parse_bytes
     from trinity.engine.loaded import load
 
-    budget = parse_count(options.expert_bytes)
+    budget = parse_bytes(options.expert_bytes)
     return load(options.model, options.dtype, options.device, options.kv_dtype, budget)
 
 

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
-from trinity.base.units import parse_count
+from trinity.base.units import parse_bytes
 from trinity.cli.generate import add_loading, loaded
 from trinity.config.serve import ServeConfig
 
@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for knob in fields(ServeConfig):
         parser.add_argument(
             f"--{knob.name.replace('_', '-')}",
-            type=parse_count if knob.name.endswith("_bytes") else type(knob.default),
+            type=parse_bytes if knob.name.endswith("_bytes") else type(knob.default),
             default=knob.default,
             choices=get_args(knob.type) or None,
             help=f"{knob.metadata['meaning']} (default %(default)s)",

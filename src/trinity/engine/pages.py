@@ -9,7 +9,7 @@ and round, as many as hold the window and one step's tokens. So memory grows wit
 Values are float32, or bfloat16: then keys and values are rounded once, where they are put into their page.
 
 A page holds one stretch of 64 tokens in all layers of its kind: [layers, key heads, 2, 64 x C], keys [C, 64] then
-values [64, C], as kernels/decoder.cpp reads them; where it attends on AMX a float32 page holds whole numbers
+values [64, C], as kernels/paged_attention.h reads them; where it attends on AMX a float32 page holds whole numbers
 instead, in the same room (kernels/digits.h). A page is read by the runner that wrote it.
 """
 

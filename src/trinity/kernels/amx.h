@@ -39,7 +39,7 @@ constexpr int64_t packed_size(int64_t lines, int64_t depth) {
 #ifdef TRINITY_AMX
 
 // The matrix unit in the hands of this thread, eight tiles of 16 rows of 64 bytes; or, all but the
-// last, of as many rows as a left side has.
+// last two, of as many rows as a left side has.
 class AmxTiles {
  public:
   explicit AmxTiles(uint8_t rows = 16) {
@@ -61,7 +61,8 @@ class AmxTiles {
   };
 };
 
-typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint32_t BitsAnywhere __attribute__((vector_size(64), aligned(4), may_alias));
 
 // The three parts of 16 values, each in the upper half of its lanes.
 struct Parts {
@@ -96,7 +97,7 @@ void pack_tile(Left from, float* to, int64_t apart) {
     const Parts a(vec(direct ? low : turned + i * kLanes)), b(vec(direct ? high : turned + kTileSize + i * kLanes));
 #pragma GCC unroll 3
     for (int p = 0; p < 3; ++p) {
-      *reinterpret_cast<Bits*>(to + p * apart + i * kLanes) = a.part[p] >> 16 | b.part[p];
+      *reinterpret_cast<BitsAnywhere*>(to + p * apart + i * kLanes) = a.part[p] >> 16 | b.part[p];
     }
   }
 }

@@ -77,14 +77,14 @@ void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
       for (int64_t i = 0; i < tile.padded; i += kLanes) {
         Vec top = vec(highest + i);
         for (int64_t s = 0; s < keys; ++s) {
-          Vec& score = vec(scores + s * tile.padded + i);
+          VecAnywhere& score = vec(scores + s * tile.padded + i);
           score = score * scale;
           if (!tile.seen_by_all(low + s)) score = tile.masked(score, low + s, i);
           top = top < score ? score : top;
         }
         Vec gathered{};
         for (int64_t s = 0; s < keys; ++s) {
-          Vec& score = vec(scores + s * tile.padded + i);
+          VecAnywhere& score = vec(scores + s * tile.padded + i);
           const Vec p = exponential(score - top);
           score = tile.seen_by_all(low + s) ? p : (score > -INFINITY) | (score != score) ? p : Vec{};
           gathered += score;
@@ -149,7 +149,7 @@ void attend_backward(const at::Tensor& grad, const at::Tensor& q, const at::Tens
                       false);
         for (int64_t s = 0; s < keys; ++s) {
           for (int64_t i = 0; i < tile.padded; i += kLanes) {
-            Vec &score = vec(scores + s * tile.padded + i), &g = vec(grads + s * tile.padded + i);
+            VecAnywhere &score = vec(scores + s * tile.padded + i), &g = vec(grads + s * tile.padded + i);
             Vec p = exponential(score * scale - vec(sum + i));
             if (!tile.seen_by_all(low + s)) p = tile.masked(splat(0.0f), low + s, i) == 0.0f ? p : Vec{};
             score = p;

@@ -262,7 +262,6 @@ class Decoder : public torch::CustomClassHolder {
     }
   }
 
-
   void embed(int64_t token, float* to) const {
     if (embedding_.scalar_type() == at::kFloat) {
       const float* from = embedding_.const_data_ptr<float>() + token * width_;

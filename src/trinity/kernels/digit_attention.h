@@ -33,7 +33,7 @@ struct Passage {
   Seen seen[kTileQueries];                      // in tokens from the first page on; perhaps nothing
 };
 
-// 2^x within 2^-23, of x not above 2^16: 2^(k / 32) from a table, the rest by a polynomial on [-1/64, 1/64] through
+// 2^x within 2^-22, of x not above 2^16: 2^(k / 32) from a table, the rest by a polynomial on [-1/64, 1/64] through
 // Chebyshev's places.
 class PowerOfTwo {
  public:
@@ -194,7 +194,7 @@ class DigitAttention {
   void find_tops() {
     Slot& p = *here_;
     Vec most[kTileQueries];
-    std::fill_n(most, kTileQueries, splat(kLowest));
+    for (Vec& m : most) m = splat(kLowest);
     for (int64_t r = 0; r < p.queries; ++r) {
       const float* scores = p.scores + r * kScoreLine;
       const Sight sight(p.seen[r]);
@@ -244,7 +244,7 @@ class DigitAttention {
   }
 
   void find_units() {
-    std::fill(widest_ + here_->queries, widest_ + kTileQueries, Vec{});
+    for (int64_t r = here_->queries; r < kTileQueries; ++r) widest_[r] = Vec{};
     const Vec unit = largest_lanes(widest_, [](Vec a, Vec b) {  // by their bits: what is no number is larger than all others
       return std::bit_cast<Vec>(_mm512_max_epu32(std::bit_cast<__m512i>(a), std::bit_cast<__m512i>(b)));
     });

@@ -35,9 +35,10 @@ inline bool by_digits([[maybe_unused]] int64_t size) {
 
 #ifdef TRINITY_DIGITS
 
-typedef int32_t Whole __attribute__((vector_size(64), aligned(4), may_alias));
-inline Whole& wholes(char* at) { return *reinterpret_cast<Whole*>(at); }
-inline const Whole& wholes(const int32_t* at) { return *reinterpret_cast<const Whole*>(at); }
+typedef int32_t Whole __attribute__((vector_size(64)));
+typedef int32_t WholeAnywhere __attribute__((vector_size(64), aligned(4), may_alias));
+inline WholeAnywhere& wholes(char* at) { return *reinterpret_cast<WholeAnywhere*>(at); }
+inline const WholeAnywhere& wholes(const int32_t* at) { return *reinterpret_cast<const WholeAnywhere*>(at); }
 
 constexpr int64_t key_bytes(int64_t size) { return 3 * kPage * size; }
 inline float* units_of_keys(char* page, int64_t size) { return reinterpret_cast<float*>(page + 2 * key_bytes(size)); }

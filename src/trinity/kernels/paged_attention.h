@@ -44,6 +44,7 @@ inline void in_huge_pages(const at::Tensor& tensor, bool filled) {
 // Keys and values of one kind of layer: pages, and how many layers a page is of.
 struct Pool {
   char* at = nullptr;
+  size_t bytes = 0;
   bool narrow = false;  // bfloat16
   int64_t layers = 0;
 };
@@ -145,8 +146,8 @@ class PagedAttention {
   static void take_pool(Pool& pool, const at::Tensor& values) {
     TORCH_CHECK(values.scalar_type() == at::kFloat || values.scalar_type() == at::kBFloat16, "pages of another kind");
     auto* at = static_cast<char*>(values.mutable_data_ptr());
-    if (at != pool.at) in_huge_pages(values, false);
-    pool.at = at, pool.narrow = values.scalar_type() == at::kBFloat16;
+    if (at != pool.at || values.nbytes() != pool.bytes) in_huge_pages(values, false);
+    pool.at = at, pool.bytes = values.nbytes(), pool.narrow = values.scalar_type() == at::kBFloat16;
   }
 
   // A page's keys, with its values behind them: float or, in a narrow pool, uint16_t.

@@ -74,7 +74,7 @@ class Team {
     } catch (...) {
       const std::lock_guard<std::mutex> lock(guard_);
       failure_ = std::current_exception();
-      state_.store(kNoPhase << 32);  // its task stays undone, so nobody else goes on to a next phase
+      state_.store(kNoPhase << 32);  // where another goes on with the phase all the same, it comes to its end
     }
   }
 

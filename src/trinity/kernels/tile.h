@@ -22,13 +22,15 @@ constexpr int kLanes = 4, kSums = 24, kTileVectors = 4;
 #endif
 constexpr int kTileRows = 12;
 
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(float))));
+// Among floats that lie anywhere; only to load and store, since a template's argument loses the alignment.
+typedef float VecAnywhere __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
 constexpr int64_t whole_vectors(int64_t columns) { return (columns + kLanes - 1) / kLanes * kLanes; }
 inline Vec splat(float x) { return x - Vec{}; }
-inline Vec& vec(float* at) { return *reinterpret_cast<Vec*>(at); }
-inline const Vec& vec(const float* at) { return *reinterpret_cast<const Vec*>(at); }
+inline VecAnywhere& vec(float* at) { return *reinterpret_cast<VecAnywhere*>(at); }
+inline const VecAnywhere& vec(const float* at) { return *reinterpret_cast<const VecAnywhere*>(at); }
 
 // e^x, in a form that compilers vectorise: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes). NaN stays NaN.
 inline Vec exponential(Vec x) {
@@ -119,7 +121,7 @@ void multiply_tile(int64_t depth, Left a, const float* b, int64_t b_row, float* 
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        Vec& to = vec(c + i * c_row + v * kLanes);
+        VecAnywhere& to = vec(c + i * c_row + v * kLanes);
         to = add ? to + sum[i][v] : sum[i][v];
       }
     }
