@@ -72,7 +72,7 @@ def read_model(stored: StoredModel, dtype: str = "float32") -> OpenedModel:
 
 
 def find_model(path: Path | str, warn: Callable[[str], None] = to_stderr) -> StoredModel:
-    """What there is at a path, its weights unread but for their headers (a run's checkpoint: its hashes).
+    """What there is at a path, its weights unread but for their headers, and their hashes where they were sealed.
 
     Bad bytes, a missing file, another architecture: one clear CheckpointError. Of a run the newest good checkpoint is
     taken; damaged ones that were passed over are named through `warn`.
