@@ -130,6 +130,12 @@ def test_bad_calls(loaded: LoadedModel, tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
     with pytest.raises(RequestError, match=r"300 tokens.*256"):
         loaded.generate([40] * 300)
+    for given in (None, ["def"], 7):
+        with pytest.raises(RequestError, match="neither a text nor token ids"):
+            loaded.generate(given)  # pyright: ignore[reportArgumentType]
+    for given in ("hello", ["hello"]):
+        with pytest.raises(RequestError, match="messages are not a list of turns"):
+            loaded.chat(given)  # pyright: ignore[reportArgumentType]
     with pytest.raises(RequestError, match="temprature"):
         loaded.generate("x", temprature=1.0)
     with pytest.raises(RequestError, match="batch, time"):

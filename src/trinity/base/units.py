@@ -19,7 +19,9 @@ def parse_count(text: str | int | float) -> int:
 
 def parse_bytes(text: str | int) -> int:
     """'4G' and '4GB' -> 4_000_000_000, '512MiB' -> 536_870_912, '80' -> 80. Raises UsageError on anything else."""
-    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*(?:([kmgt]?)(i?)b?)\s*", str(text).lower())
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*(?:([kmgt]?)(i?)b?)\s*", text.lower())
     if not match or (match[3] and not match[2]):
         raise UsageError(f"'{text}' is not a number of bytes.", "Write one such as 800M, 4G or 4GiB.")
     power = "kmgt".index(match[2]) + 1 if match[2] else 0

@@ -8,7 +8,7 @@ A text begins as the model's tokenizer has it, here and in transformers and vLLM
 was trained here, whose documents began with it. Token ids are taken as they are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trinity.base.errors import RequestError, UsageError, nearest
-from trinity.base.units import show_bytes
+from trinity.base.units import parse_bytes, show_bytes
 from trinity.ckpt.opened import StoredModel, find_model, read_model
 from trinity.ckpt.weights import PackedWeights, keep_precision
 from trinity.config.engine import EngineLimits, KvDtype
@@ -44,7 +44,7 @@ def load(
     dtype: str | None = None,
     device: str = "auto",
     kv_dtype: KvDtype = "float32",
-    expert_bytes: int = 0,
+    expert_bytes: int | str = 0,
 ) -> "LoadedModel":
     """A Hugging Face folder, a run folder or a packed folder, ready to be asked.
 
@@ -57,14 +57,14 @@ def load(
     kv_dtype: what keys and values are kept in, 'float32' or 'bfloat16'; limits given to `engine` have their own.
 
     expert_bytes: of a packed folder, keep no more bytes of experts in memory, and read the others from the disk when a
-    token chooses them; 0 keeps all. Answers are the same to the bit.
+    token chooses them, a number or such as '4G'; 0 keeps all. Answers are the same to the bit.
 
     CheckpointError where the folder is not a whole model, UsageError where it does not fit into memory.
     """
     kind = None if dtype is None else kind_named(dtype)
     alone = replace(ALONE, kv_dtype=kv_dtype)
     device_named(device)
-    return loaded(find_model(path), kind, device, alone, expert_bytes)
+    return loaded(find_model(path), kind, device, alone, parse_bytes(expert_bytes))
 
 
 def loaded(
@@ -162,7 +162,12 @@ class LoadedModel:
         if isinstance(text_or_ids, str):
             mark = (self.tokenizer.bos_id,) if self.tokenizer.begins_texts else ()
             return (*mark, *self.tokenizer.encode(text_or_ids))
-        return tuple(int(token) for token in text_or_ids)
+        try:
+            return tuple(int(token) for token in text_or_ids)
+        except (TypeError, ValueError) as error:
+            raise RequestError(
+                "That is neither a text nor token ids.", "Give a string or a list of numbers."
+            ) from error
 
     @torch.inference_mode()
     def logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
@@ -212,6 +217,8 @@ class LoadedModel:
         return self._answer(self.chat_prompt(messages), max_new_tokens, temperature, sampling)
 
     def chat_prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
+            raise RequestError("messages are not a list of turns.", 'Give [{"role": "user", "content": "..."}].')
         return tuple(render(messages, self.tokenizer, add_generation_prompt=True).tokens)
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[Piece]:
