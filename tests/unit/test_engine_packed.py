@@ -117,6 +117,7 @@ def test_experts_on_the_disk_change_no_bit(models: Path, kind: Kind, slots: int,
 
 def test_a_budget_for_all_of_them_is_no_cache(models: Path):
     assert load(models / "float32", expert_bytes=EXPERTS * RECORD["float32"]).runner.expert_reads() is None
+    assert load(models / "float32", expert_bytes="4GiB").runner.expert_reads() is None
 
 
 def test_what_tokens_choose_often_stays_in_memory(models: Path):
