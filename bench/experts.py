@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from trinity.base.units import parse_count, show_bytes
+from trinity.base.units import parse_bytes, show_bytes
 from trinity.bench.subject import DrawnWeights
 from trinity.ckpt.hf import published_config
 from trinity.ckpt.model_folder import write_companions
@@ -111,7 +111,7 @@ def main() -> None:
         print(json.dumps(measured(folder, options.only, options.tokens, options.step_tokens)))
         return
     rows = []
-    for budget in map(parse_count, options.budgets):
+    for budget in map(parse_bytes, options.budgets):
         command = [sys.executable, *sys.argv, "--only", str(budget)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append({"budget": budget} | json.loads(done.stdout))

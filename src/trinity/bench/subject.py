@@ -1,5 +1,6 @@
 """What is measured: a model or seeded random weights of a shape, in the engines asked for, and how much of what."""
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 from trinity.base.seeds import named_seed
 from trinity.ckpt.opened import StoredModel, find_model, read_model
 from trinity.config.model import ModelConfig
-from trinity.engine.loaded import LoadedModel, load, loaded
+from trinity.engine.loaded import LoadedModel, loaded
 from trinity.engine.weights import kind_named
 from trinity.model.init import build_on_meta, fill_initial
 from trinity.plan.params import count_parameters
@@ -75,6 +76,11 @@ class DrawnWeights(Mapping[str, Tensor]):
         return len(self.metas)
 
 
+@functools.cache  # finding a model may read all of it: what was sealed is compared with its manifest
+def _found(folder: Path) -> StoredModel:
+    return find_model(folder)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """A model that is measured."""
@@ -85,23 +91,21 @@ class Subject:
 
     def weights(self) -> Mapping[str, Tensor]:
         """In float32, by our names."""
-        return (
-            DrawnWeights(self.config) if self.folder is None else read_model(find_model(self.folder)).model.state_dict()
-        )
+        return DrawnWeights(self.config) if self.folder is None else read_model(_found(self.folder)).model.state_dict()
 
     def tokenizer(self) -> Tokenizer:
+        return train_bpe([Path(__file__).read_text()], 512) if self.folder is None else _found(self.folder).tokenizer
+
+    def stored(self) -> StoredModel:
         if self.folder is not None:
-            return find_model(self.folder).tokenizer
-        return train_bpe([Path(__file__).read_text()], 512)
+            return _found(self.folder)
+        about = {"folder": Path(), "generation": {}, "lineage": {}, "load_balance_coeff": 0.0}
+        return StoredModel(config=self.config, weights=DrawnWeights(self.config), tokenizer=self.tokenizer(),
+                           name=self.name, **about)  # fmt: skip
 
     def loaded(self, kind: str) -> LoadedModel:
         """In our engine."""
-        if self.folder is not None:
-            return load(self.folder, kind, "cpu")
-        about = {"folder": Path(), "generation": {}, "lineage": {}, "load_balance_coeff": 0.0}
-        stored = StoredModel(config=self.config, weights=DrawnWeights(self.config), tokenizer=self.tokenizer(),
-                             name=self.name, **about)  # fmt: skip
-        return loaded(stored, kind_named(kind), "cpu")
+        return loaded(self.stored(), kind_named(kind), "cpu")
 
     def gguf(self, work: Path, precision: str) -> Path:
         """llama.cpp's file of these weights, which is not that of others of the same name."""

@@ -298,11 +298,11 @@ class PagedAttention {
     };
 #ifdef TRINITY_DIGITS
     if (whole_) {
-      const AmxTiles tiles(static_cast<uint8_t>(std::min<int64_t>(16, queries)));
+      const AmxTiles tiles(static_cast<uint8_t>(std::min(kTileQueries, queries)));
       float *left = more, *units = left + query_floats(queries, size_);
       put_queries(q, queries, size_, left, units);
       by_stretches([&](int64_t low, int64_t high) {
-        through_digits(layer, task, low, high, left, units, top, sums, read, units + whole_line(queries));
+        through_digits(layer, task, low, high, left, units, top, sums, read, units + whole_vectors(queries));
       });
     } else
 #endif
@@ -314,12 +314,10 @@ class PagedAttention {
     }
   }
 
-  static constexpr int64_t whole_line(int64_t floats) { return (floats + 15) / 16 * 16; }
-
   // Floats that a task needs to go through pages.
   int64_t room_of(const AttentionLayer& layer, int64_t queries) const {
 #ifdef TRINITY_DIGITS
-    if (whole_) return query_floats(queries, size_) + whole_line(queries) + DigitAttention::kRoom;
+    if (whole_) return query_floats(queries, size_) + whole_vectors(queries) + DigitAttention::kRoom;
 #endif
     return kTogether * kPage + (pools_[layer.global].narrow ? page_size() : 0);
   }
