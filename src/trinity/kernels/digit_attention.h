@@ -1,12 +1,6 @@
 #pragma once
 
-// Attention in whole numbers, as a pipeline of passages: 16 queries through four pages. While the vector unit makes weights
-// of the scores of one passage, the matrix unit multiplies the values that the one before reads and the keys that the next
-// one meets, a few products at a time between the instructions of the vector unit: a processor looks some 500 instructions
-// ahead, so what follows in blocks does not overlap.
-//
-// For a microsecond after a product the processor multiplies and converts in one of its two vector ports only. So what can be
-// done by additions, shuffles and tables is, and no phase is long enough to wait for the other port.
+// Attention in whole numbers (digits.h), as a pipeline of passages.
 
 #include "digits.h"
 
@@ -14,69 +8,11 @@
 
 namespace trinity {
 
-constexpr int64_t kPagesAtOnce = 4;             // whose weights have one unit a query; a divisor of every stretch
-constexpr int64_t kTileQueries = 16;
-constexpr int64_t kKeys = kPagesAtOnce * kPage;
-constexpr int64_t kScoreLine = kKeys + 16;      // floats a query: no two of a tile lie 4,096 bytes apart
 constexpr int64_t kTileSums = 3 * 256;              // of a tile of products, one tile for each weight of digits
-constexpr int64_t kWeightsApart = kPagesAtOnce * kDigitTile;
 constexpr float kMostWeight = 8388000;          // of the 23 bits of a weight, in digits of 0 .. 255; with room for rounding
-constexpr float kLeastPower = -100.0f;          // smaller powers of two count as this one where nothing was read before
 
-// At most 16 queries and the pages that they go through; what is gathered of each, `size` apart in `read`.
-struct Passage {
-  const char* page[kPagesAtOnce];
-  int64_t pages, queries;
-  const char* digits;                           // of the queries
-  const float* units;
-  float *top, *sums, *read;                     // the highest score, in powers of two; weights of each lane; values
-  Seen seen[kTileQueries];                      // in tokens from the first page on; perhaps nothing
-};
-
-// 2^x within 2^-22, of x not above 2^16: 2^(k / 32) from a table, the rest by a polynomial on [-1/64, 1/64] through
-// Chebyshev's places.
-class PowerOfTwo {
- public:
-  PowerOfTwo() {
-    for (int k = 0; k < kLanes; ++k) low_[k] = root(k), high_[k] = root(k + kLanes);
-  }
-  Vec operator()(Vec x) const {
-    const Vec places = x + kToPlaces;  // to the nearest thirty-second, in the lower bits
-    const Vec nearest = places - kToPlaces, rest = x - nearest;
-    Vec p = rest * 0.240228862f + 0.693157341f;
-    p = p * rest + 1.0f;
-    p *= std::bit_cast<Vec>(_mm512_permutex2var_ps(std::bit_cast<__m512>(low_), std::bit_cast<__m512i>(places),
-                                                   std::bit_cast<__m512>(high_)));
-    return std::bit_cast<Vec>(_mm512_scalef_ps(std::bit_cast<__m512>(p), std::bit_cast<__m512>(nearest)));
-  }
-
- private:
-  static constexpr float kToPlaces = 393216.0f;
-  static float root(int k) { return std::exp2(static_cast<float>(k) / 32); }
-  alignas(64) Vec low_;
-  alignas(64) Vec high_;
-};
-
-// Of 16 vectors the largest lane of each, in order.
-template <class Larger>
-Vec largest_lanes(Vec (&x)[kLanes], const Larger& larger_of) {
-  // Vectors i and i + half -> one that has those of i in the first half of every 2 * half lanes, of i + half in the second.
-  const auto fold = [&]<int half, int... L>(std::integral_constant<int, half>, std::integer_sequence<int, L...>) {
-    for (int i = 0; i < half; ++i) {
-      const auto merged = [&]<int from>(std::integral_constant<int, from>) -> Vec {
-        return __builtin_shufflevector(x[i], x[i + half], (L / half % 2 * 16 + L / (2 * half) * 2 * half + L % half + from)...);
-      };
-      x[i] = larger_of(merged(std::integral_constant<int, 0>{}), merged(std::integral_constant<int, half>{}));
-    }
-  };
-  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
-  fold(std::integral_constant<int, 8>{}, lanes), fold(std::integral_constant<int, 4>{}, lanes);
-  fold(std::integral_constant<int, 2>{}, lanes), fold(std::integral_constant<int, 1>{}, lanes);
-  return x[0];
-}
-
-// The digits of four vectors, those of a lane side by side: the highest, `apart` bytes on the middle ones, then the lowest.
-inline void put_digits(Whole a, Whole b, Whole c, Whole d, char* to, int64_t apart) {
+// The digits of four vectors, those of a lane side by side: the highest, then the middle ones, then the lowest.
+inline void put_digits(Whole a, Whole b, Whole c, Whole d, char* to) {
   // Where `at` has a byte of y, it takes those that `from` names of every lane, else it keeps x.
   const auto taken = [](Whole x, uint64_t at, Whole y, int from) {
     const auto places = _mm512_add_epi8(_mm512_set1_epi32(from), _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
@@ -85,8 +21,8 @@ inline void put_digits(Whole a, Whole b, Whole c, Whole d, char* to, int64_t apa
   };
   constexpr uint64_t kFirst = 0x1111111111111111;
   const Whole even = taken(a, kFirst * 0xc, c, 0x01000000), odd = taken(b, kFirst * 0xc, d, 0x01000000);
-  wholes(to + 2 * apart) = taken(even, kFirst * 0xa, odd, 0x02000000);
-  wholes(to + apart) = taken(odd, kFirst * 0x5, even, 0x00030001);
+  wholes(to + 128) = taken(even, kFirst * 0xa, odd, 0x02000000);
+  wholes(to + 64) = taken(odd, kFirst * 0x5, even, 0x00030001);
   wholes(to) = taken(taken(taken(c, kFirst, a, 0x02), kFirst * 2, b, 0x0200), kFirst * 8, d, 0x02000000);
 }
 
@@ -102,44 +38,16 @@ inline Vec small_sum(const int32_t* sums) {
   return (part(0) * 256.0f + part(1)) * 256.0f + part(2);
 }
 
-// Which lanes of vector v of a row of scores a query sees.
-class Sight {
- public:
-  explicit Sight(Seen seen) : low_(static_cast<int>(seen.low)), high_(static_cast<int>(seen.high)) {
-    for (int l = 0; l < kLanes; ++l) lanes_[l] = l;
-  }
-  bool whole(int64_t pages) const { return low_ <= 0 && high_ >= pages * kPage; }
-  Vec of(int64_t v, Vec x, Vec otherwise) const {
-    const IntVec at = lanes_ + static_cast<int>(v) * kLanes;
-    return (at >= low_) & (at < high_) ? x : otherwise;
-  }
-
- private:
-  int low_, high_;
-  IntVec lanes_;
-};
-
-// While there is one, numbers below 2^-126 count as zero: weights far below the highest cost 100 cycles each otherwise.
-class NoTinyNumbers {
- public:
-  NoTinyNumbers() { _mm_setcsr(before_ | kResults | kOperands); }
-  ~NoTinyNumbers() { _mm_setcsr(before_); }
-  NoTinyNumbers(const NoTinyNumbers&) = delete;
-
- private:
-  static constexpr unsigned kResults = 0x8000, kOperands = 0x40;
-  const unsigned before_ = _mm_getcsr();
-};
-
 class DigitAttention {
  public:
-  static constexpr int64_t kRoom = 2 * kTileQueries * kScoreLine + 2 * kTileSums + 3 * kWeightsApart / 4;  // floats
+  using Numbers = Digits;
+  static constexpr bool kUnits = true;
+  static constexpr int64_t room(int64_t) { return 2 * kTileQueries * kScoreLine + 2 * kTileSums; }  // floats
 
   // For heads of `size` values; `room` lies on a multiple of 64 bytes.
   DigitAttention(int64_t size, float* room) : size_(size), steps_(size / 64) {
     for (Slot& slot : slots_) slot.scores = room + (&slot - slots_) % 2 * kTileQueries * kScoreLine;
     sums_ = reinterpret_cast<int32_t*>(room + 2 * kTileQueries * kScoreLine);
-    weights_ = reinterpret_cast<char*>(sums_ + 2 * kTileSums);
   }
 
   // Passages of the same queries come in the order of their pages.
@@ -153,7 +61,8 @@ class DigitAttention {
   void finish() { advance(nullptr), advance(nullptr); }
 
  private:
-  // A passage on its way: of four in turn each second one has the same place for its scores.
+  // A passage on its way: of four in turn each second one has the same place for its scores, since the weights of the one
+  // behind are read before scores of the one ahead come.
   struct Slot : Passage {
     float* scores;
     alignas(64) float unit[kTileQueries], less[kTileQueries];  // of the weights; by what was read before is multiplied
@@ -171,11 +80,10 @@ class DigitAttention {
     behind_ = here_, here_ = ahead;
   }
 
-  // All reading of the passage behind must be done before its weights make room. Softening takes longer than splitting, so
-  // half of the products for the passage ahead go along with it.
+  // Softening takes longer than splitting, so half of the products for the passage ahead go along with it.
   void make_weights() {
     const int64_t queries = here_->queries, pages = here_->pages, half = (reads_ + products_) / 2;
-    find_tops();
+    raise_tops(*here_, here_->scores, here_->less);
     int64_t portion = (half << 16) / (queries * pages) + 1, due = 0;  // in 65,536ths of a product
     const auto go_on = [&] { multiply(std::min(half, (due += portion) >> 16)); };
     for (int64_t r = 0; r < queries; ++r) {
@@ -190,46 +98,20 @@ class DigitAttention {
     }
   }
 
-  // The highest scores so far, and by what they make sink what was read before.
-  void find_tops() {
-    Slot& p = *here_;
-    Vec most[kTileQueries];
-    for (Vec& m : most) m = splat(kLowest);
-    for (int64_t r = 0; r < p.queries; ++r) {
-      const float* scores = p.scores + r * kScoreLine;
-      const Sight sight(p.seen[r]);
-      const bool whole = sight.whole(p.pages);
-      Vec even = most[r], odd = most[r];
-      for (int64_t v = 0; v < p.pages * 4; v += 2) {
-        Vec first = vec(scores + v * kLanes), second = vec(scores + (v + 1) * kLanes);
-        if (!whole) first = sight.of(v, first, splat(kLowest)), second = sight.of(v + 1, second, splat(kLowest));
-        even = larger(first, even), odd = larger(second, odd);
-      }
-      most[r] = larger(even, odd);
-    }
-    const auto here = static_cast<__mmask16>((1 << p.queries) - 1);
-    const auto those_here = [&](const float* at) { return std::bit_cast<Vec>(_mm512_maskz_loadu_ps(here, at)); };
-    const Vec found = largest_lanes(most, larger), before = those_here(p.top);
-    const Vec now = larger(found > kLowest ? found * those_here(p.units) : splat(kLowest), before);
-    vec(p.less) = power_(larger(before - now, splat(kLeastPower)));
-    _mm512_mask_storeu_ps(p.top, here, std::bit_cast<__m512>(now));
-  }
-
   // Scores of a query become 2^(score - highest so far), as in `soften`, times the units of the values.
   template <bool partly, class GoOn>
   void soften(int64_t r, const GoOn& go_on) {
     Slot& p = *here_;
     const Sight sight(p.seen[r]);
     const Vec unit = splat(p.units[r]), top = splat(p.top[r]);
-    const PowerOfTwo power = power_;
     Vec gathered = vec(p.sums + r * kLanes) * p.less[r];
     Widest widest;
     for (int64_t n = 0; n < p.pages; ++n) {
-      const float* units = units_of_keys(p.page[n], size_) + kPage;
+      const float* units = Digits::units_of_keys(p.page[n], size_) + kPage;
       float* scores = p.scores + r * kScoreLine + n * kPage;
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kPage / kLanes; ++v) {
-        Vec part = power(vec(scores + v * kLanes) * unit - top), weighed = part * vec(units + v * kLanes);
+        Vec part = power_of_two(vec(scores + v * kLanes) * unit - top), weighed = part * vec(units + v * kLanes);
         if constexpr (partly) {
           part = sight.of(n * (kPage / kLanes) + v, part, Vec{}), weighed = sight.of(n * (kPage / kLanes) + v, weighed, Vec{});
         }
@@ -252,15 +134,14 @@ class DigitAttention {
     vec(here_->unit) = unit * (256.0f / kMostWeight);
   }
 
-  // A query's weights as digits of 0 .. 255.
+  // A query's weights as digits of 0 .. 255, in the place of the scores.
   void split(int64_t r) {
     const Vec factor = splat(factor_[r]);
-    const float* weighed = here_->scores + r * kScoreLine;
-    char* to = weights_ + r * 64;
-    for (int64_t n = here_->pages; n > 0; --n, weighed += kPage, to += kDigitTile) {
+    float* weighed = here_->scores + r * kScoreLine;
+    for (int64_t n = here_->pages; n > 0; --n, weighed += kPage) {
       // Rounded to a whole number in the lower 23 bits; bit 23 is 0.
       const auto whole = [&](int64_t v) { return std::bit_cast<Whole>(vec(weighed + v * kLanes) * factor + 8388608.0f); };
-      put_digits(whole(0), whole(1), whole(2), whole(3), to, kWeightsApart);
+      put_digits(whole(0), whole(1), whole(2), whole(3), reinterpret_cast<char*>(weighed));
     }
   }
 
@@ -271,7 +152,7 @@ class DigitAttention {
   // The queries ahead by 16 keys and 64 of the head.
   void meet_keys() {
     if (step_ == 0) start_sums();
-    if (steps_ > 1 || tile_ == 0) load_left(ahead_->digits + step_ * 3 * kDigitTile, kDigitTile);
+    if (steps_ > 1 || tile_ == 0) load_left(ahead_->left + step_ * 3 * kDigitTile, kDigitTile, 64);
     if (tile_ % 4 == 0 && step_ == 0) keys_ = ahead_->page[tile_ / 4];
     add_products<false>(keys_);
     keys_ += 3 * kDigitTile;
@@ -281,8 +162,9 @@ class DigitAttention {
   // The weights behind of one page by 16 of the head.
   void read_values() {
     if (page_ == 0) start_sums();
-    load_left(weights_ + page_ * kDigitTile, kWeightsApart);
-    add_products<true>(behind_->page[page_] + key_bytes(size_) + column_ * 3 * kDigitTile);
+    const float* weights = behind_->scores + page_ * kPage;
+    load_left(reinterpret_cast<const char*>(weights), 64, kScoreLine * sizeof(float));
+    add_products<true>(behind_->page[page_] + Digits::key_bytes(size_) + column_ * 3 * kDigitTile);
     if (++page_ == behind_->pages) store_sums(false, column_++), page_ = 0;
   }
 
@@ -293,10 +175,10 @@ class DigitAttention {
     _tile_zero(2);
   }
 
-  static void load_left(const char* at, int64_t below) {
-    _tile_loadd(3, at, 64);
-    _tile_loadd(4, at + below, 64);
-    _tile_loadd(5, at + 2 * below, 64);
+  static void load_left(const char* at, int64_t apart, int64_t row) {
+    _tile_loadd(3, at, row);
+    _tile_loadd(4, at + apart, row);
+    _tile_loadd(5, at + 2 * apart, row);
   }
 
   // The six products of digits. Weights have no sign.
@@ -337,7 +219,7 @@ class DigitAttention {
   }
 
   void settle_scores(const int32_t* sums) {
-    const Vec units = vec(units_of_keys(ahead_->page[which_ / 4], size_) + which_ % 4 * kLanes);
+    const Vec units = vec(Digits::units_of_keys(ahead_->page[which_ / 4], size_) + which_ % 4 * kLanes);
     float* to = ahead_->scores + which_ * kLanes;
     const int64_t queries = ahead_->queries;
     if (steps_ == 1) {
@@ -358,7 +240,6 @@ class DigitAttention {
 
   const NoTinyNumbers no_tiny_numbers_;
   const int64_t size_, steps_;                  // of the head; 64 of it are a step
-  const PowerOfTwo power_;
   Slot slots_[4], *behind_ = nullptr, *here_ = nullptr, *ahead_ = nullptr;
   int64_t count_ = 0;                           // of passages
   int64_t reads_ = 0, products_ = 0, done_ = 0; // of the matrix unit in this turn: for the passage behind, in all, so far
@@ -369,7 +250,6 @@ class DigitAttention {
   const int32_t* waiting_ = nullptr;            // sums of the tile of keys or column of values `which_`
   bool of_keys_ = false;
   int64_t which_ = 0, turn_ = 0;
-  char* weights_;
   Vec widest_[kTileQueries];
   alignas(64) float factor_[kTileQueries];
 };

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "digit_attention.h"
+#include "narrow_attention.h"
 #include "pages.h"
 #include "team.h"
 #include "turns.h"
@@ -24,7 +25,7 @@ namespace trinity {
 
 constexpr int64_t kStretch = 16;      // pages whose softmax is made in one go
 constexpr int64_t kQueries = 192;     // that go through pages together where a prompt is read: a page is fetched for all
-constexpr int64_t kMoreQueries = 768;  // the same where whole numbers are multiplied, and fetching is the more of it
+constexpr int64_t kMoreQueries = 768;  // the same on AMX, where fetching is the more of it
 constexpr int64_t kTilesToFetch = 4;  // of queries that go through a page long enough to fetch the next one meanwhile
 constexpr int64_t kApart = 8;         // rows of a sequence that share no page's fetch
 
@@ -67,6 +68,9 @@ struct Merge {
   int64_t row, count, head, partial, parts;
 };
 
+// Of a step's pages: as the vector unit reads them; whole numbers or bfloat16 in tiles of the matrix unit.
+enum class Form { vectors, digits, narrow };
+
 // What attention knows of a layer.
 struct AttentionLayer {
   bool global = false;
@@ -78,7 +82,7 @@ class PagedAttention {
  public:
   PagedAttention(int64_t heads, int64_t key_heads, int64_t size, int64_t window, float eps, std::vector<float> frequencies)
       : heads_(heads), key_heads_(key_heads), size_(size), window_(window), eps_(eps), frequencies_(std::move(frequencies)),
-        digits_(by_digits(size)) {}
+        digits_(by_digits(size)), tiles_(by_tiles(size)) {}
 
   // Of a row's projections, from the front: queries, keys, values, gates.
   int64_t outputs() const { return 2 * (heads_ + key_heads_) * size_; }
@@ -103,8 +107,10 @@ class PagedAttention {
   // All rows are there.
   void plan(const at::Tensor& paged, const at::Tensor& local, int members) {
     take_pool(pools_[1], paged), take_pool(pools_[0], local);
-    whole_ = digits_ && !pools_[0].narrow && !pools_[1].narrow;
-    logarithm_ = whole_ ? 0.693147181f : 1.0f;
+    const bool narrow = pools_[0].narrow;
+    TORCH_CHECK(narrow == pools_[1].narrow, "pages of two kinds");
+    form_ = narrow ? (tiles_ ? Form::narrow : Form::vectors) : digits_ ? Form::digits : Form::vectors;
+    logarithm_ = form_ == Form::vectors ? 1.0f : 0.693147181f;
     turns_.resize(positions_.size() * size_);
     for (const int global : {0, 1}) plan_tasks(global, members);
   }
@@ -160,6 +166,12 @@ class PagedAttention {
   }
   int64_t page_size() const { return 2 * kPage * size_; }
 
+  // The same as bytes.
+  char* its_page(const AttentionLayer& layer, int64_t sequence, int64_t block, int64_t head) const {
+    return pools_[layer.global].narrow ? reinterpret_cast<char*>(page<uint16_t>(layer, sequence, block, head))
+                                       : reinterpret_cast<char*>(page<float>(layer, sequence, block, head));
+  }
+
   // A row's key and value of one head, normalised and turned, put into their page.
   void place(const AttentionLayer& layer, float* projected, int64_t row, int64_t head) {
     float* k = &projected[row * projected_width() + (heads_ + head) * size_];
@@ -167,16 +179,25 @@ class PagedAttention {
     normalise(k, layer.key, size_, eps_, k);
     if (!layer.global) turn(k, row);
     const int64_t slot = positions_[row] % kPage, block = positions_[row] / kPage;
+#ifdef TRINITY_DIGITS
+    if (form_ == Form::digits) return Digits::put_token(k, v, size_, slot, its_page(layer, of_row_[row], block, head));
+#endif
+#ifdef TRINITY_NARROW
+    if (form_ == Form::narrow) {
+      char* page = its_page(layer, of_row_[row], block, head);
+      Narrow::put_token(k, v, size_, slot, page);
+      const Sequence& s = sequences_[of_row_[row]];
+      const bool newest = row == s.row + s.count - 1, begun = s.position <= block * kPage;
+      if (newest && begun) Narrow::clear_values(slot + 1, size_, page);
+      return;
+    }
+#endif
     const auto put = [&](auto* keys, const auto& rounded) {
       auto* values = keys + (kPage + slot) * size_;
       for (int64_t c = 0; c < size_; ++c) keys[c * kPage + slot] = rounded(k[c]), values[c] = rounded(v[c]);
     };
     if (pools_[layer.global].narrow) {
       put(page<uint16_t>(layer, of_row_[row], block, head), narrowed);
-#ifdef TRINITY_DIGITS
-    } else if (whole_) {
-      put_token(k, v, size_, slot, reinterpret_cast<char*>(page<float>(layer, of_row_[row], block, head)));
-#endif
     } else {
       put(page<float>(layer, of_row_[row], block, head), [](float x) { return x; });
     }
@@ -199,7 +220,7 @@ class PagedAttention {
     auto &merges = merges_[global];
     tasks.clear(), merges.clear();
     const int64_t group = heads_ / key_heads_, enough = 4 * members;
-    int64_t together = std::max(kApart, (whole_ ? kMoreQueries : kQueries) / group), partials = 0;
+    int64_t together = std::max(kApart, (form_ == Form::vectors ? kQueries : kMoreQueries) / group), partials = 0;
     while (together > kApart && tiles(together) < enough) together = std::max(kApart, together / 2);
     const bool split = tiles(together) < enough / 2;
     for (const Sequence& s : sequences_) {
@@ -296,17 +317,26 @@ class PagedAttention {
         join(queries, highest, sum, answer, top, part, read);
       }
     };
-#ifdef TRINITY_DIGITS
-    if (whole_) {
+    const auto in_tiles = [&]<class Attention>() {
       const AmxTiles tiles(static_cast<uint8_t>(std::min(kTileQueries, queries)));
-      float *left = more, *units = left + query_floats(queries, size_);
-      put_queries(q, queries, size_, left, units);
+      float *units = more, *left = units + whole_vectors(queries);
+      float* room = left + Attention::Numbers::query_floats(queries, size_);
+      Attention::Numbers::put_queries(q, queries, size_, left, units);
       by_stretches([&](int64_t low, int64_t high) {
-        through_digits(layer, task, low, high, left, units, top, sums, read, units + whole_vectors(queries));
+        through_tiles<Attention>(layer, task, low, high, left, units, top, sums, read, room);
       });
-    } else
+    };
+    switch (form_) {
+      case Form::vectors:
+        by_stretches([&](int64_t low, int64_t high) { through_pages(layer, task, low, high, q, top, sums, read, more); });
+        break;
+#ifdef TRINITY_DIGITS
+      case Form::digits: in_tiles.template operator()<DigitAttention>(); break;
 #endif
-      by_stretches([&](int64_t low, int64_t high) { through_pages(layer, task, low, high, q, top, sums, read, more); });
+#ifdef TRINITY_NARROW
+      case Form::narrow: in_tiles.template operator()<NarrowAttention>(); break;
+#endif
+    }
     if (task.partial < 0) {
       finish(task.row, task.count, task.head, sum, answer, projected, attended);
     } else {
@@ -316,10 +346,21 @@ class PagedAttention {
 
   // Floats that a task needs to go through pages.
   int64_t room_of(const AttentionLayer& layer, int64_t queries) const {
+    switch (form_) {
 #ifdef TRINITY_DIGITS
-    if (whole_) return query_floats(queries, size_) + whole_vectors(queries) + DigitAttention::kRoom;
+      case Form::digits: return room_in_tiles<DigitAttention>(queries);
 #endif
+#ifdef TRINITY_NARROW
+      case Form::narrow: return room_in_tiles<NarrowAttention>(queries);
+#endif
+      default: break;
+    }
     return kTogether * kPage + (pools_[layer.global].narrow ? page_size() : 0);
+  }
+
+  template <class Attention>
+  int64_t room_in_tiles(int64_t queries) const {
+    return whole_vectors(queries) + Attention::Numbers::query_floats(queries, size_) + Attention::room(size_);
   }
 
   // The queries of a task go through pages `low` to `high` of one stretch.
@@ -350,31 +391,31 @@ class PagedAttention {
     }
   }
 
-#ifdef TRINITY_DIGITS
-  // The same in whole numbers: the queries' digits and units, kPagesAtOnce pages at once from multiples of it on.
-  void through_digits(const AttentionLayer& layer, const Task& task, int64_t low, int64_t high, const float* left,
-                      const float* units, float* top, float* sums, float* read, float* room) {
+#ifdef TRINITY_AMX
+  // The same on AMX: the packed queries and their units, kPagesAtOnce pages at once from multiples of it on.
+  template <class Attention>
+  void through_tiles(const AttentionLayer& layer, const Task& task, int64_t low, int64_t high, const float* left,
+                     const float* units, float* top, float* sums, float* read, float* room) {
     const int64_t group = heads_ / key_heads_, queries = task.count * group;
     const int64_t tiles = (queries + kTileQueries - 1) / kTileQueries;
-    const auto its_page = [&](int64_t block) {
-      return reinterpret_cast<const char*>(page<float>(layer, task.sequence, block, task.head));
-    };
-    DigitAttention attention(size_, room);
+    const auto page_of = [&](int64_t block) { return its_page(layer, task.sequence, block, task.head); };
+    Attention attention(size_, room);
     for (int64_t next = low; next < high;) {
       const int64_t first = next;
       next = std::min(high, (first / kPagesAtOnce + 1) * kPagesAtOnce);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         if (tiles >= kTilesToFetch) {
-          for (int64_t block = next; block < std::min(high, next + kPagesAtOnce); ++block) fetch_part(its_page(block), tile, tiles);
+          for (int64_t block = next; block < std::min(high, next + kPagesAtOnce); ++block) fetch_part(page_of(block), Attention::Numbers::page_bytes(size_), tile, tiles);
         }
         const int64_t i = tile * kTileQueries, here = std::min(kTileQueries, queries - i);
         const int64_t position = task.position + i / group, newest = task.position + (i + here - 1) / group;
         const int64_t from = std::max(first, oldest(layer.global, position) / kPage), to = std::min(next, newest / kPage + 1);
         if (from >= to) continue;
         Passage passage{.page = {}, .pages = to - from, .queries = here,
-                        .digits = reinterpret_cast<const char*>(left + query_floats(i, size_)), .units = units + i,
+                        .left = reinterpret_cast<const char*>(left + Attention::Numbers::query_floats(i, size_)),
+                        .units = Attention::kUnits ? units + i : nullptr,
                         .top = top + i, .sums = sums + i * kLanes, .read = read + i * size_, .seen = {}};
-        for (int64_t block = from; block < to; ++block) passage.page[block - from] = its_page(block);
+        for (int64_t block = from; block < to; ++block) passage.page[block - from] = page_of(block);
         for (int64_t r = 0; r < here; ++r) {
           const int64_t its = task.position + (i + r) / group;
           passage.seen[r] = Seen(its, oldest(layer.global, its), from * kPage, to - from);
@@ -386,8 +427,8 @@ class PagedAttention {
   }
 
   // Of the pages that come next each tile of queries has a part fetched from memory, for all of them.
-  void fetch_part(const char* page, int64_t part, int64_t parts) const {
-    const int64_t lines = (2 * key_bytes(size_) + 2 * kPage * sizeof(float)) / kLine;
+  static void fetch_part(const char* page, int64_t bytes, int64_t part, int64_t parts) {
+    const int64_t lines = bytes / kLine;
     for (int64_t i = part * lines / parts; i < (part + 1) * lines / parts; ++i) __builtin_prefetch(page + i * kLine, 0, 2);
   }
 #endif
@@ -396,9 +437,10 @@ class PagedAttention {
   const float eps_;
   const std::vector<float> frequencies_;
   const bool digits_;  // pages of float32 hold whole numbers, and attention multiplies these on AMX (digits.h)
+  const bool tiles_;   // pages of bfloat16 hold tiles for AMX (narrow_attention.h)
 
   // Of one step.
-  bool whole_ = false;      // in whole numbers: in bfloat16 a page would be split for every token that is written
+  Form form_ = Form::vectors;
   float logarithm_ = 1.0f;  // of what scores are powers of
   Pool pools_[2];
   std::vector<Sequence> sequences_;
