@@ -31,7 +31,7 @@ CONFIGS = {
     "debug": replace(recipe("debug").model, sliding_window=40),
     "odd": replace(recipe("debug").model, sliding_window=100, hidden_size=72, moe_intermediate_size=24, head_dim=12,
                    intermediate_size=52, vocab_size=515, num_shared_experts=0, num_experts=7, mup_enabled=False),
-    # Heads of whole numbers where the processor has AMX.
+    # Heads for the matrix unit where the processor has AMX.
     "wide": replace(recipe("debug").model, sliding_window=100, head_dim=64),
     "wider": replace(recipe("debug").model, sliding_window=100, head_dim=128, global_attn_every_n_layers=2),
 }  # fmt: skip
@@ -127,12 +127,34 @@ def test_whole_numbers_on_amx_are_as_exact_as_float32(name: str):
 
 @needs_kernels
 @needs_amx
-@pytest.mark.parametrize("projection", ["k_proj", "v_proj"])
+@pytest.mark.parametrize("name", ["wide", "wider"])
+@pytest.mark.parametrize("every", [1, 9])  # all layers see all; all see a window
 @torch.inference_mode()
-def test_what_is_no_number_comes_out_of_whole_numbers_again(projection: str):
+def test_pages_of_bfloat16_on_amx_lose_no_more_than_their_rounding(name: str, every: int):
+    """Beside the vector unit's float32 over the same rounded keys and values, as those of a single layer are."""
+    one = replace(CONFIGS[name], num_hidden_layers=1, num_dense_layers=1, global_attn_every_n_layers=every)
+    model, tokens = a_model(one), a_text(one, 700)
+    rounded = []
+    try:
+        for wanted in (False, True):
+            torch.ops.trinity.use_amx(wanted)
+            rounded.append(read(compiled(model), tokens, [STEP], "bfloat16"))
+            kept = read(compiled(model), tokens, [STEP])
+    finally:
+        torch.ops.trinity.use_amx(True)
+    by_vectors, on_amx = rounded
+    assert 0 < (on_amx - by_vectors).norm() < 0.03 * (by_vectors - kept).norm()
+
+
+@needs_kernels
+@needs_amx
+@pytest.mark.parametrize("projection", ["k_proj", "v_proj"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_what_is_no_number_comes_out_of_the_matrix_unit_again(kv_dtype: KvDtype, projection: str):
     model = a_model(replace(CONFIGS["wide"], num_hidden_layers=1, num_dense_layers=1))
     getattr(model.layers[0].self_attn, projection).weight[3] = torch.inf
-    assert read(compiled(model), a_text(model.config, 9), [STEP]).isnan().all()
+    assert read(compiled(model), a_text(model.config, 9), [STEP], kv_dtype).isnan().all()
 
 
 @needs_kernels
@@ -239,6 +261,8 @@ def narrowed(model: Transformer, kind: Kind) -> None:
         ("debug", "int4", "float32"),
         ("debug", "float32", "bfloat16"),
         ("wide", "float32", "float32"),
+        ("wide", "float32", "bfloat16"),
+        ("wider", "float32", "bfloat16"),
     ],
 )
 @settings(max_examples=12)
@@ -276,7 +300,10 @@ RUNNERS: dict[tuple[str, str], CompiledRunner] = {}
 
 
 @needs_kernels
-@pytest.mark.parametrize(("name", "kv_dtype"), [("debug", "float32"), ("debug", "bfloat16"), ("wide", "float32")])
+@pytest.mark.parametrize(
+    ("name", "kv_dtype"),
+    [("debug", "float32"), ("debug", "bfloat16"), ("wide", "float32"), ("wide", "bfloat16"), ("wider", "bfloat16")],
+)
 @torch.inference_mode()
 def test_threads_change_no_bit_where_one_sequence_is_long(name: str, kv_dtype: KvDtype):
     """Beyond 1,024 tokens a few queries' softmaxes are made in parts, by whoever is free."""

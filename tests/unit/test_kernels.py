@@ -1,6 +1,7 @@
 """The compiled CPU kernels beside their plain twins; building them, and doing without."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,13 @@ from trinity.optim.orthogonalise import orthogonalise
 needs_kernels = pytest.mark.skipif(not compiled.is_loaded(), reason="no C++ compiler here: torch does this work")
 HAS_AMX = compiled.is_loaded() and torch.ops.trinity.use_amx(True)
 needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this processor has no AMX: the other products do its work")
+
+
+@pytest.mark.skipif(os.environ.get("TRINITY_KERNELS") == "off", reason="kernels are switched off")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+def test_the_kernels_compile():
+    """Without them the tests of kernels would be skipped, and all would look well."""
+    assert compiled.is_loaded()
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -104,7 +104,7 @@ class DigitAttention {
     Slot& p = *here_;
     const Sight sight(p.seen[r]);
     const Vec unit = splat(p.units[r]), top = splat(p.top[r]);
-    Vec gathered = vec(p.sums + r * kLanes) * p.less[r];
+    Vec gathered{};
     Widest widest;
     for (int64_t n = 0; n < p.pages; ++n) {
       const float* units = Digits::units_of_keys(p.page[n], size_) + kPage;
@@ -121,7 +121,7 @@ class DigitAttention {
       }
       go_on();
     }
-    vec(p.sums + r * kLanes) = gathered;
+    add_weights(p.sums + r * kLanes, p.less[r], gathered);
     widest_[r] = std::bit_cast<Vec>(widest.bits);
   }
 

@@ -161,7 +161,7 @@ class NarrowAttention {
   void soften(int64_t r) {
     Slot& p = *here_;
     const Vec top = splat(p.top[r]);
-    Vec gathered = vec(p.sums + r * kLanes) * p.less[r];
+    Vec gathered{};
     float* scores = p.scores + r * kScoreLine;
     const auto pair = [&]<int i>(std::integral_constant<int, i>) {
       float* at = scores + i * 2 * kLanes;
@@ -176,20 +176,20 @@ class NarrowAttention {
       }
     };
     in_turn(pair);
-    vec(p.sums + r * kLanes) = gathered;
+    add_weights(p.sums + r * kLanes, p.less[r], gathered);
   }
 
   void soften_alone(int64_t r) {
     Slot& p = *here_;
     const Sight sight(p.seen[r]);
     const Vec top = splat(p.top[r]);
-    Vec gathered = vec(p.sums + r * kLanes) * p.less[r];
+    Vec gathered{};
     float* scores = p.scores + r * kScoreLine;
     for (int64_t v = 0; v < p.pages * 4; v += 2, scores += 2 * kLanes) {
       const auto weight = [&](int64_t i) { return sight.of(v + i, power_of_two(vec(scores + i * kLanes) - top), Vec{}); };
       gathered += weigh(scores, weight(0), weight(1));
     }
-    vec(p.sums + r * kLanes) = gathered;
+    add_weights(p.sums + r * kLanes, p.less[r], gathered);
   }
 
   void multiply(int64_t until) {
