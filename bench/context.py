@@ -171,7 +171,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     read = readings.seconds(lengths[-1])
     found["planned"] = []
     # Of short texts a line may fall, which says nothing of longer ones.
-    rises = all(slope > 0 for _, slope in lines.values())
+    rises = lines["step"][1] > 0 and lines["written"][1] > 0
     for length in doublings(lengths[-1], PLANNED_TO) if rises else []:
         seconds = read + seconds_by(lines["step"], lengths[-1], length, step)
         written = lines["written"][0] + lines["written"][1] * length

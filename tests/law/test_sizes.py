@@ -7,7 +7,7 @@ import pytest
 
 SRC = Path(__file__).parents[2] / "src" / "trinity"
 FILE_LINES, FUNCTION_LINES = 400, 60
-SOURCE_LINES, SOURCES_LINES = 480, 3700  # of a C++ source, of all of them
+SOURCE_LINES, SOURCES_LINES = 480, 4000  # of a C++ source, of all of them
 
 # Lines of *.py a package may hold.
 CEILINGS = {

@@ -14,6 +14,7 @@ from trinity.base.errors import CheckpointError, RequestError, UsageError
 from trinity.ckpt.hf import write_hf
 from trinity.ckpt.opened import open_model
 from trinity.cli.main import main
+from trinity.config.engine import EngineLimits
 from trinity.engine.loaded import LoadedModel, load
 from trinity.engine.request import SamplingParams
 from trinity.kernels.compiled import is_loaded
@@ -115,10 +116,18 @@ def test_narrow_keys_and_values_are_used_by_every_call(folder: Path, loaded: Loa
     assert answer.logprobs != loaded.generate("def wrap", max_new_tokens=4).logprobs
 
 
+def test_keys_and_values_are_as_wide_as_the_weights_where_nobody_says(folder: Path, loaded: LoadedModel) -> None:
+    narrow, ids = load(folder, dtype="bfloat16"), [0, *range(40, 60)]
+    assert narrow.engine().pools.local.values.dtype == torch.bfloat16
+    assert torch.equal(narrow.logits([ids]), load(folder, dtype="bfloat16", kv_dtype="bfloat16").logits([ids]))
+    assert torch.equal(loaded.logits([ids]), load(folder, kv_dtype="float32").logits([ids]))
+    assert narrow.engine(EngineLimits(kv_dtype="float32")).pools.paged.values.dtype == torch.float32
+
+
 def test_precisions_not_offered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="float16"):
         load(folder, dtype="float16")
-    with pytest.raises(UsageError, match="kv_dtype is 'int8'. Choose float32 or bfloat16"):
+    with pytest.raises(UsageError, match="kv_dtype is 'int8'. Choose auto or float32 or bfloat16"):
         load(folder, kv_dtype="int8")  # type: ignore[arg-type]
     monkeypatch.setattr("trinity.engine.loaded.is_loaded", lambda: False)
     with pytest.raises(UsageError, match="int8 needs the compiled kernels"):

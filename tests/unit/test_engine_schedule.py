@@ -293,7 +293,7 @@ def test_limits_lie_within_their_bounds():
     for made, most, kind in ((EngineLimits, "max_active", "kv_dtype"), (ServeConfig, "--max-active", "--kv-dtype")):
         with pytest.raises(ConfigError, match=f"{most} is 0"):
             made(max_active=0)
-        with pytest.raises(ConfigError, match=f"{kind} is 'float16'. Choose float32 or bfloat16"):
+        with pytest.raises(ConfigError, match=f"{kind} is 'float16'. Choose auto or float32 or bfloat16"):
             made(kv_dtype="float16")  # type: ignore[arg-type]
 
 

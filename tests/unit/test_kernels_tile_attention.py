@@ -11,7 +11,7 @@ import torch
 import trinity.kernels
 from trinity.kernels.compiled import is_loaded
 
-# 19 queries, then 35, each of which sees one key less than the one before, go through 13 pages and a part; beside float64.
+# 19 queries, then 35, each of which sees one key less than the one before, go through 14 pages; beside float64.
 PROGRAM = """
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -50,10 +50,12 @@ void check(int64_t kQueries, double most) {
     float* memory = aligned(at[0], kAllPages * page_floats);
     char* pages[kAllPages];
     for (int64_t n = 0; n < kAllPages; ++n) pages[n] = reinterpret_cast<char*>(memory + n * page_floats);
-    for (int64_t t = 0; t < kSeen; ++t) Numbers::put_token(&k[t * size], &v[t * size], size, t % kPage, pages[t / kPage]);
+    for (int64_t t = 0; t < kSeen; ++t) {
+      Numbers::put_token(&k[t * size], &v[t * size], size, t % kPage, pages[t / kPage]);
+    }
     for (float& one : q) one /= std::sqrt(static_cast<float>(size));
-    float *digits = aligned(at[1], Numbers::query_floats(kQueries, size)), *units = aligned(at[2], kQueries);
-    Numbers::put_queries(q.data(), kQueries, size, digits, units);
+    float *left = aligned(at[1], Numbers::query_floats(kQueries, size)), *units = aligned(at[2], kQueries);
+    Numbers::put_queries(q.data(), kQueries, size, left, units);
     float *read = aligned(at[3], kQueries * size), *sums = aligned(at[4], kQueries * kLanes);
     std::vector<float> top(kQueries, kLowest);
     {
@@ -64,7 +66,8 @@ void check(int64_t kQueries, double most) {
           Passage passage{};
           passage.pages = std::min(kPagesAtOnce, kAllPages - first);
           passage.queries = std::min(kTileQueries, kQueries - i);
-          passage.left = reinterpret_cast<const char*>(digits + Numbers::query_floats(i, size)), passage.units = Attention::kUnits ? units + i : nullptr;
+          passage.left = reinterpret_cast<const char*>(left + Numbers::query_floats(i, size));
+          passage.units = Attention::kUnits ? units + i : nullptr;
           passage.top = &top[i], passage.sums = sums + i * kLanes, passage.read = read + i * size;
           for (int64_t n = 0; n < passage.pages; ++n) passage.page[n] = pages[first + n];
           for (int64_t r = 0; r < passage.queries; ++r) {

@@ -9,8 +9,9 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from trinity.config.engine import KvChoice
 from trinity.plan.inference import KINDS
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperatu
     parser.add_argument("--seed", type=int, help="draw the same answer again; without it every run draws anew")
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
     add_loading(parser)
-    parser.add_argument("--kv-dtype", default="float32", choices=("float32", "bfloat16"), help="of keys and values")
+    parser.add_argument("--kv-dtype", default="auto", choices=get_args(KvChoice), help="of keys and values")
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trinity.base.errors import UsageError
+from trinity.config.engine import KvDtype
 from trinity.engine.graphs import CudaGraphs, Record, Repeated, rounded_rows, rounded_width
 from trinity.engine.pages import Pools
 from trinity.engine.past import Past
@@ -33,6 +34,7 @@ class DeviceRunner:
         self.config = model.config
         self.model = model
         self.device = model.embed_tokens.weight.device
+        self.kv_dtype: KvDtype = "float32" if model.embed_tokens.weight.dtype == torch.float32 else "bfloat16"
         self.weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         shape = (self.config.num_sparse_layers, self.config.num_experts)
         self.expert_rows = torch.zeros(shape, dtype=torch.int64, device=self.device)

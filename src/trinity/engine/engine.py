@@ -17,7 +17,7 @@ from trinity.base.errors import DataError, RequestError
 from trinity.config.engine import EngineLimits
 from trinity.engine.grammar import Matcher, matcher_of
 from trinity.engine.limits import pools_for
-from trinity.engine.pages import kv_bytes_per_token
+from trinity.engine.pages import PAGE
 from trinity.engine.prefix import PrefixCache
 from trinity.engine.request import FinishReason, Piece, Request, TokenLogprob
 from trinity.engine.runner import Runner
@@ -39,7 +39,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.end_ids = end_ids  # an answer ends before any of these
         self.limits = EngineLimits() if limits is None else limits
-        self.pools = pools_for(runner.config, self.limits, runner.device)
+        self.pools = pools_for(runner, self.limits)
         self.prefix = PrefixCache(self.pools, self.limits.window_bytes)
         self.scheduler = Scheduler(
             self.pools, self.prefix, self.limits.max_active, self.limits.step_tokens, self.limits.draft_tokens
@@ -72,7 +72,7 @@ class Engine:
             )
         whole, room = min(context, length + request.sampling.max_new_tokens), self.pools.tokens
         if whole > room:
-            each = kv_bytes_per_token(self.config, self.limits.kv_dtype)
+            each = self.pools.paged.page_bytes // PAGE
             raise RequestError(
                 f"Prompt and answer may reach {whole} tokens, {whole * each / 2**20:.0f} MiB of keys and values; the "
                 f"engine has room for {room}, {room * each / 2**20:.0f} MiB.",

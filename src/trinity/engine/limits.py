@@ -1,25 +1,24 @@
 """Room for keys and values, as much as limits and memory have it."""
 
-import torch
-
 from trinity.base.errors import UsageError
 from trinity.base.units import show_bytes
 from trinity.config.engine import EngineLimits
-from trinity.config.model import ModelConfig
 from trinity.engine.pages import PAGE, Pools, kv_bytes_per_token, pages_for, ring_bytes
+from trinity.engine.runner import Runner, kv_dtype_of
 from trinity.kernels.heap import available_bytes
 
 SHARE = 0.5  # of the memory that is free, which pages may take where nobody says how much
 
 
-def pools_for(config: ModelConfig, limits: EngineLimits, device: torch.device) -> Pools:
+def pools_for(runner: Runner, limits: EngineLimits) -> Pools:
     """Room for keys and values as the limits have it. UsageError where it would not hold even one page a request.
 
     Pages, rings and windows are taken little by little; the sum of them all must be free now.
     """
-    page = PAGE * max(1, kv_bytes_per_token(config, limits.kv_dtype))
-    rings = limits.max_active * ring_bytes(config, limits.step_tokens, limits.kv_dtype)
-    wanted, free = limits.max_active * pages_for(config.max_position_embeddings), available_bytes(device)
+    config, kv_dtype = runner.config, kv_dtype_of(runner, limits.kv_dtype)
+    page = PAGE * max(1, kv_bytes_per_token(config, kv_dtype))
+    rings = limits.max_active * ring_bytes(config, limits.step_tokens, kv_dtype)
+    wanted, free = limits.max_active * pages_for(config.max_position_embeddings), available_bytes(runner.device)
     if limits.kv_bytes:
         pages = min(wanted, limits.kv_bytes // page)
     else:
@@ -39,4 +38,4 @@ def pools_for(config: ModelConfig, limits: EngineLimits, device: torch.device) -
             f"{limits.max_active} requests.",
             "Raise kv_bytes, lower max_active, or free memory.",
         )
-    return Pools(config, pages, limits.max_active, limits.step_tokens, device, limits.kv_dtype)
+    return Pools(config, pages, limits.max_active, limits.step_tokens, runner.device, kv_dtype)

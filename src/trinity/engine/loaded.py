@@ -20,7 +20,7 @@ from trinity.base.errors import RequestError, UsageError, nearest
 from trinity.base.units import parse_bytes, show_bytes
 from trinity.ckpt.opened import StoredModel, find_model, read_model
 from trinity.ckpt.weights import PackedWeights, keep_precision
-from trinity.config.engine import EngineLimits, KvDtype
+from trinity.config.engine import EngineLimits, KvChoice
 from trinity.config.model import ModelConfig
 from trinity.data.progress import progress
 from trinity.engine.device import device_named
@@ -43,7 +43,7 @@ def load(
     path: Path | str,
     dtype: str | None = None,
     device: str = "auto",
-    kv_dtype: KvDtype = "float32",
+    kv_dtype: KvChoice = "auto",
     expert_bytes: int | str = 0,
 ) -> "LoadedModel":
     """A Hugging Face folder, a run folder or a packed folder, ready to be asked.
@@ -54,7 +54,8 @@ def load(
 
     device: 'cpu', 'cuda', or 'auto': a GPU where there is one. A packed folder is for a CPU.
 
-    kv_dtype: what keys and values are kept in, 'float32' or 'bfloat16'; limits given to `engine` have their own.
+    kv_dtype: what keys and values are kept in, 'float32' or 'bfloat16'; 'auto' is float32 beside weights of float32,
+    else bfloat16. Limits given to `engine` have their own.
 
     expert_bytes: of a packed folder, keep no more bytes of experts in memory, and read the others from the disk when a
     token chooses them, a number or such as '4G'; 0 keeps all. Answers are the same to the bit.

@@ -9,8 +9,9 @@ and round, as many as hold the window and one step's tokens. So memory grows wit
 Values are float32, or bfloat16: then keys and values are rounded once, where they are put into their page.
 
 A page holds one stretch of 64 tokens in all layers of its kind: [layers, key heads, 2, 64 x C], keys [C, 64] then
-values [64, C], as kernels/paged_attention.h reads them; where it attends on AMX a float32 page holds whole numbers
-instead, in the same room (kernels/digits.h). A page is read by the runner that wrote it.
+values [64, C], as kernels/paged_attention.h reads them; where it attends on AMX a page holds tiles instead, in the same
+room: of whole numbers for float32 (kernels/digits.h), of bfloat16 as it is (kernels/narrow_attention.h). A page is read
+by the runner that wrote it.
 """
 
 import torch

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trinity.base.errors import CheckpointError
 from trinity.ckpt.weights import HeldWeights
-from trinity.config.engine import KvDtype
+from trinity.config.engine import KvChoice, KvDtype
 from trinity.config.model import ModelConfig
 from trinity.engine.device import DeviceRunner
 from trinity.engine.pages import Pools, pages_for
@@ -25,6 +25,7 @@ from trinity.model.transformer import Transformer
 class Runner(Protocol):
     config: ModelConfig
     device: torch.device
+    kv_dtype: KvDtype  # of keys and values, where nobody says
     weight_bytes: int  # always in memory
     expert_rows: Tensor  # [sparse layers, E] int64, rows that each expert was given so far
 
@@ -46,6 +47,7 @@ class CompiledRunner:
         config = weights.config
         self.config = config
         self.device = torch.device("cpu")
+        self.kv_dtype: KvDtype = "float32" if weights.kind == "float32" else "bfloat16"
         self.weight_bytes = weights.bytes
         self.expert_rows = torch.zeros(config.num_sparse_layers, config.num_experts, dtype=torch.int64)
         self._decoder, self._cache = weights.decoder(), weights.cache
@@ -83,12 +85,16 @@ def runner_for(model: Transformer) -> Runner:
     return DeviceRunner(model)
 
 
-def logits_of(runner: Runner, texts: list[list[int]], kv_dtype: KvDtype = "float32", step: int = 512) -> Tensor:
+def kv_dtype_of(runner: Runner, choice: KvChoice) -> KvDtype:
+    return runner.kv_dtype if choice == "auto" else choice
+
+
+def logits_of(runner: Runner, texts: list[list[int]], kv_dtype: KvChoice = "auto", step: int = 512) -> Tensor:
     """[B, T, V] float32 on the CPU: the next-token logits at every place of texts of one length."""
     length = len(texts[0]) if texts else 0
     made = torch.empty(len(texts), length, runner.config.vocab_size)
     for tokens, out in zip(texts, made, strict=True):
-        pools = Pools(runner.config, pages_for(len(tokens)), 1, step, runner.device, kv_dtype)
+        pools = Pools(runner.config, pages_for(len(tokens)), 1, step, runner.device, kv_dtype_of(runner, kv_dtype))
         pages, ring = pools.paged.take(pages_for(len(tokens))), pools.take_ring() or []
         for start in range(0, length, step):
             part = tokens[start : start + step]

@@ -48,7 +48,7 @@ struct Narrow {
   static void put_token(const float* key, const float* value, int64_t size, int64_t slot, char* page) {
     const auto put = [](float x, char* to) { *reinterpret_cast<Half*>(to) = narrowed(x); };
     char* keys = page + slot / 16 * (size / 32) * kTile + slot % 16 * 4;
-    char* values = page + key_bytes(size) + slot / 32 * (size / 16) * kTile + slot % 16 * 64 + slot / 16 % 2 * 2;
+    char* values = values_of(slot, size, page);
     for (int64_t c = 0; c < size; ++c) {
       put(key[c], keys + c / 32 * kTile + c % 16 * 64 + c / 16 % 2 * 2);
       put(value[c], values + c / 16 * kTile + c % 16 * 4);
@@ -58,7 +58,7 @@ struct Narrow {
   // The values of a page from `slot` on become zero: what nobody wrote may be no number, which a weight of zero leaves so.
   static void clear_values(int64_t slot, int64_t size, char* page) {
     for (; slot < kPage; ++slot) {
-      char* values = page + key_bytes(size) + slot / 32 * (size / 16) * kTile + slot % 16 * 64 + slot / 16 % 2 * 2;
+      char* values = values_of(slot, size, page);
       for (int64_t c = 0; c < size; ++c) *reinterpret_cast<Half*>(values + c / 16 * kTile + c % 16 * 4) = 0;
     }
   }
@@ -79,6 +79,10 @@ struct Narrow {
 
  private:
   typedef uint16_t Half __attribute__((may_alias));
+
+  static char* values_of(int64_t slot, int64_t size, char* page) {
+    return page + key_bytes(size) + slot / 32 * (size / 16) * kTile + slot % 16 * 64 + slot / 16 % 2 * 2;
+  }
 };
 
 class NarrowAttention {
