@@ -8,8 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from trinity.ckpt.weights import HeldWeights
 from trinity.config.model import ModelConfig
 from trinity.engine.device import DeviceRunner
+from trinity.engine.narrow import (
+    NarrowKind,
+    fused,
+    narrow_model,
+    product_of_few,
+    rounded,
+    rounded_rows,
+    scaled_grouped_loop,
+    scaled_grouped_product,
+    widened,
+)
 from trinity.engine.pages import Pools, pages_for
 from trinity.engine.runner import runner_for
 from trinity.engine.step import Rows
@@ -87,12 +99,64 @@ def test_the_kernel_has_the_last_query_beside_the_last_key(window, asking):
     torch.testing.assert_close(found, whole[:, :, -asking:], rtol=2e-2, atol=2e-2)
 
 
+NARROW = ["int8", "int4", pytest.param("float8", marks=pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="compute capability is not 9"
+))]  # fmt: skip
+
+
+def a_narrow_model(config: ModelConfig, kind: NarrowKind, device: torch.device = GPU) -> Transformer:
+    return narrow_model(config, HeldWeights(build_model(config, 3).state_dict()), kind, device)
+
+
+@pytest.mark.parametrize("kind", NARROW)
+@pytest.mark.parametrize("batch", [1, 3, 19])
+@torch.inference_mode()
+def test_logits_of_few_bits_are_those_of_their_twins(kind, batch):
+    texts = texts_of(CONFIG, batch)
+    found = read(DeviceRunner(a_narrow_model(CONFIG, kind)), texts, 60)
+    expected = read(DeviceRunner(a_narrow_model(CONFIG, kind, torch.device("cpu"))), texts, 60)
+    assert float((found - expected).norm() / expected.norm()) < 0.2  # a token here and there goes to another expert
+
+
+@pytest.mark.parametrize("kind", NARROW)
+@torch.inference_mode()
+def test_recordings_of_few_bits_compute_what_their_steps_do(kind):
+    model, texts = a_narrow_model(CONFIG, kind), texts_of(CONFIG, 5)
+    recorded, anew = read(DeviceRunner(model), texts, 60), read(DeviceRunner(model, lambda work: work), texts, 60)
+    torch.testing.assert_close(recorded, anew, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@torch.inference_mode()
+def test_the_kernel_for_few_rows_is_a_product(kind, rows):
+    numbers, scales = (part.cuda() for part in rounded(torch.randn(1000, 384), kind))
+    x = torch.randn(rows, 384, device=GPU)
+    found = fused(product_of_few)(x, numbers, scales)
+    torch.testing.assert_close(found, x @ widened(numbers, scales, torch.float32).T, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="compute capability is not 9"
+)
+@torch.inference_mode()
+def test_the_grouped_kernel_of_float8_is_its_twin():
+    numbers, scales = (part.cuda() for part in rounded(torch.randn(5, 96, 64), "float8"))
+    x, x_scales = rounded_rows(torch.randn(40, 64, device=GPU))
+    ends = torch.tensor([3, 3, 20, 39, 40], device=GPU)
+    found = scaled_grouped_product(x, x_scales, numbers, scales, ends, torch.bfloat16)
+    wanted = scaled_grouped_loop(x, x_scales, numbers, scales, ends, torch.bfloat16)
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", *NARROW])
 @pytest.mark.parametrize("batch", [1, 8, 16])
 @torch.inference_mode()
-def test_speed(batch, capsys):
+def test_speed(batch, kind, capsys):
     """Tokens a second at lab256's shape, recorded and not. Printed, not judged."""
     config = recipe("lab256").model
-    model, texts = a_model(config, torch.bfloat16), texts_of(config, batch, 256)
+    model = a_model(config, torch.bfloat16) if kind == "bfloat16" else a_narrow_model(config, kind)
+    texts = texts_of(config, batch, 256)
     for name, runner in (("recorded", DeviceRunner(model)), ("anew", DeviceRunner(model, lambda work: work))):
         read(runner, texts, 128)
         pools = Pools(config, batch * 4, batch, 128, GPU)
@@ -105,4 +169,6 @@ def test_speed(batch, capsys):
             seconds.append(time.perf_counter() - begin)
         with capsys.disabled():
             middle = sorted(seconds)[len(seconds) // 2]
-            print(f"\n{name}, batch {batch}: {batch / middle:,.0f} tokens a second on {torch.cuda.get_device_name()}")
+            print(
+                f"\n{kind}, {name}, batch {batch}: {batch / middle:,.0f} tokens a second on {torch.cuda.get_device_name()}"
+            )

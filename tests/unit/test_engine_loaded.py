@@ -213,9 +213,3 @@ def test_logits_take_nested_lists_and_refuse_what_is_no_batch(
     monkeypatch.setattr("trinity.engine.loaded.available_bytes", lambda _: 1000)
     with pytest.raises(RequestError, match=r"Logits of 2 texts of 9 tokens take 36\.0 KiB; 1000 B are free"):
         loaded.logits(torch.zeros(2, 9, dtype=torch.int64))
-
-
-def test_weights_of_few_bits_are_for_cpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trinity.engine.loaded.device_named", lambda name: torch.device("cuda", 0))
-    with pytest.raises(UsageError, match="int8 is for CPUs alone. Use --device cpu"):
-        load(folder, dtype="int8", device="cuda")

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
 from trinity.config.engine import KvChoice
-from trinity.plan.inference import KINDS
+from trinity.plan.inference import DTYPES
 
 if TYPE_CHECKING:
     from trinity.engine.loaded import LoadedModel
@@ -48,7 +48,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     """Arguments of how a model is held in memory; `loaded` reads them back."""
     parser.add_argument(
         "--dtype",
-        choices=KINDS,
+        choices=DTYPES,
         help="what weights are kept in (default: float32, on a GPU bfloat16, of a packed folder what it has)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")

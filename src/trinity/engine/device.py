@@ -14,17 +14,18 @@ from torch import Tensor
 from trinity.base.errors import UsageError
 from trinity.config.engine import KvDtype
 from trinity.engine.graphs import CudaGraphs, Record, Repeated, rounded_rows, rounded_width
+from trinity.engine.narrow import NarrowExperts
 from trinity.engine.pages import Pools
 from trinity.engine.past import Past
 from trinity.engine.step import Output, Rows, Step, filled_step, step_of
 from trinity.model.dispatch import ChosenExperts, Dispatch, locally
-from trinity.model.experts import Experts, one_by_one
+from trinity.model.experts import Experts
 from trinity.model.router import Routing
 from trinity.model.transformer import Transformer
 
 DEVICES = ("auto", "cpu", "cuda")
 MOST_ROWS = 256  # in a step that is repeated
-MOST_COPIED = 16  # the same where experts are copied out for each row
+MOST_COPIED = 16  # the same where experts are copied out, or read as whole numbers, for each row
 
 
 class DeviceRunner:
@@ -40,9 +41,9 @@ class DeviceRunner:
         self.expert_rows = torch.zeros(shape, dtype=torch.int64, device=self.device)
         on_gpu = self.device.type == "cuda"
         self._record = CudaGraphs(self.device) if record is None and on_gpu else record
-        waits = on_gpu and grouped_products_wait(model)
-        self._most = MOST_COPIED if waits else MOST_ROWS
-        self._dispatch: Dispatch = by_row if waits else locally  # in steps that are recorded
+        self._waits = on_gpu and grouped_products_wait(model)
+        self._most = MOST_COPIED if self._waits else MOST_ROWS
+        self._narrow = any(isinstance(module, NarrowExperts) for module in model.modules())
         self._repeated: WeakKeyDictionary[Pools, dict[tuple[int, int], Repeated]] = WeakKeyDictionary()
 
     def read(self, rows: list[Rows], pools: Pools) -> Output:
@@ -77,7 +78,8 @@ class DeviceRunner:
 
     def logits(self, step: Step, pools: Pools) -> Tensor:
         """[M, V] of all rows of a step without texts. Nothing here waits for the device or asks what is in a tensor."""
-        return self.model.head(self._read(step, pools, self._dispatch))
+        few = len(step.rows) <= MOST_COPIED
+        return self.model.head(self._read(step, pools, by_row if self._waits or (self._narrow and few) else locally))
 
     def _read(self, step: Step, pools: Pools, dispatch: Dispatch) -> Tensor:
         """The rows of a step, their keys and values put in pages, after the final norm: [M, D]."""
@@ -96,7 +98,7 @@ def likeliest_of(logits: Tensor) -> list[int]:
 
 def by_row(experts: ChosenExperts, x: Tensor, routing: Routing) -> Tensor:
     """A `Dispatch` for few rows on a device whose grouped product waits for the host."""
-    return one_by_one(x, routing.weights, routing.chosen, cast(Experts, experts))
+    return cast(Experts | NarrowExperts, experts).by_row(x, routing.weights, routing.chosen)
 
 
 def grouped_products_wait(model: Transformer) -> bool:

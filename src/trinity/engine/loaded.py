@@ -11,7 +11,7 @@ was trained here, whose documents began with it. Token ids are taken as they are
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,12 +23,13 @@ from trinity.ckpt.weights import PackedWeights, keep_precision
 from trinity.config.engine import EngineLimits, KvChoice
 from trinity.config.model import ModelConfig
 from trinity.data.progress import progress
-from trinity.engine.device import device_named
+from trinity.engine.device import DeviceRunner, device_named
 from trinity.engine.engine import Engine, end_tokens, run
+from trinity.engine.narrow import NarrowKind, check_float8, narrow_bytes, narrow_model
 from trinity.engine.packed import kind_of, packed_bytes, read_packed
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, constraint_of, gather
 from trinity.engine.runner import CompiledRunner, Runner, logits_of, runner_for
-from trinity.engine.weights import NARROW, Kind, decoder_weights, kind_named
+from trinity.engine.weights import NARROW, Dtype, Kind, decoder_weights, dtype_named
 from trinity.kernels.compiled import is_loaded
 from trinity.kernels.heap import available_bytes
 from trinity.model.init import build_on_meta
@@ -48,9 +49,10 @@ def load(
 ) -> "LoadedModel":
     """A Hugging Face folder, a run folder or a packed folder, ready to be asked.
 
-    dtype: 'float32', 'bfloat16', 'int8' or 'int4'. That is what weights are kept in; what is computed is float32 on a
-    CPU, on a GPU of the weights' own kind. Router, norms and selection bias stay in float32 in any. None is 'float32'
-    on a CPU, 'bfloat16' on a GPU; a packed folder has a dtype of its own.
+    dtype: 'float32', 'bfloat16', 'int8', 'int4' or, on a GPU of compute capability 9, 'float8'. That is what weights
+    are kept in; what is computed is float32 on a CPU, on a GPU of the weights' own kind, bfloat16 beside 8 and 4 bits.
+    Router, norms and selection bias stay in float32 in any. None is 'float32' on a CPU, 'bfloat16' on a GPU; a packed
+    folder has a dtype of its own.
 
     device: 'cpu', 'cuda', or 'auto': a GPU where there is one. A packed folder is for a CPU.
 
@@ -62,23 +64,22 @@ def load(
 
     CheckpointError where the folder is not a whole model, UsageError where it does not fit into memory.
     """
-    kind = None if dtype is None else kind_named(dtype)
+    kind = None if dtype is None else dtype_named(dtype)
     alone = replace(ALONE, kv_dtype=kv_dtype)
     device_named(device)
     return loaded(find_model(path), kind, device, alone, parse_bytes(expert_bytes))
 
 
 def loaded(
-    stored: StoredModel, kind: Kind | None, device: str, alone: EngineLimits = ALONE, expert_bytes: int = 0
+    stored: StoredModel, kind: Dtype | None, device: str, alone: EngineLimits = ALONE, expert_bytes: int = 0
 ) -> "LoadedModel":
     """`load` of a model that was found."""
     return LoadedModel(stored, _runner(stored, kind, device, expert_bytes), alone)
 
 
-def _runner(stored: StoredModel, dtype: Kind | None, device: str, expert_bytes: int) -> Runner:
+def _runner(stored: StoredModel, dtype: Dtype | None, device: str, expert_bytes: int) -> Runner:
     packed = stored.weights.file if isinstance(stored.weights, PackedWeights) else None
-    for_cpus = packed is not None or dtype in NARROW
-    where = device_named("cpu" if device == "auto" and for_cpus else device)
+    where = device_named("cpu" if device == "auto" and packed is not None else device)
     kind = kind_of(packed) if packed is not None else dtype or ("float32" if where.type == "cpu" else "bfloat16")
     if dtype not in (None, kind):
         raise UsageError(f"{stored.folder} is packed in {kind}, not in {dtype}.", f"Leave --dtype {dtype} away.")
@@ -87,13 +88,19 @@ def _runner(stored: StoredModel, dtype: Kind | None, device: str, expert_bytes: 
             f"{stored.folder} is not packed, so its experts cannot stay on the disk.",
             f"Write a packed folder first: trinity export {stored.folder} OUT --format packed --dtype int4.",
         )
-    what = "A packed folder" if packed is not None else kind
-    if for_cpus and where.type != "cpu":
-        raise UsageError(f"{what} is for CPUs alone.", "Use --device cpu, or the model in bfloat16.")
-    if for_cpus and not is_loaded():
+    if packed is not None and where.type != "cpu":
+        raise UsageError("A packed folder is for CPUs alone.", "Use --device cpu, or the model it is of.")
+    if kind == "float8":
+        check_float8(where)
+        return _narrow_on(where, stored, kind)
+    if kind in NARROW and where.type != "cpu":
+        return _narrow_on(where, stored, cast(NarrowKind, kind))
+    if (packed is not None or kind in NARROW) and not is_loaded():
+        what = "A packed folder" if packed is not None else kind
         raise UsageError(f"{what} needs the compiled kernels.", "Install g++, or use the model in bfloat16.")
     if where.type != "cpu" or not is_loaded():
-        _check_memory(kind, _plain_bytes(stored.config, kind), where)
+        for place in {torch.device("cpu"), where}:  # what goes to a GPU is read into memory first
+            _check_memory(kind, _plain_bytes(stored.config, kind), place)
         return runner_for(read_model(stored, kind).model.to(where))
     if packed is not None:
         _check_budget(stored.config, kind, expert_bytes)
@@ -102,6 +109,14 @@ def _runner(stored: StoredModel, dtype: Kind | None, device: str, expert_bytes: 
     _check_memory(kind, whole, where)
     with progress(f"Packing {stored.name} in {kind}", whole) as advance:
         return CompiledRunner(decoder_weights(stored.config, stored.weights, kind, advance))
+
+
+def _narrow_on(where: torch.device, stored: StoredModel, kind: NarrowKind) -> Runner:
+    """The model's own code with weights of fewer bits, which go to a GPU one by one."""
+    whole = narrow_bytes(stored.config, kind)
+    _check_memory(kind, whole, where)
+    with progress(f"Rounding {stored.name} to {kind}", whole) as advance:
+        return DeviceRunner(narrow_model(stored.config, stored.weights, kind, where, advance))
 
 
 def _plain_bytes(config: ModelConfig, kind: Kind) -> int:
@@ -127,15 +142,14 @@ def _check_budget(config: ModelConfig, kind: Kind, expert_bytes: int) -> None:
     )  # fmt: skip
 
 
-def _check_memory(kind: Kind, needed: int, where: torch.device, otherwise: str = "") -> None:
+def _check_memory(kind: Dtype, needed: int, where: torch.device, otherwise: str = "") -> None:
     """UsageError where weights would not fit: better now than when the system ends the process."""
-    for device in {torch.device("cpu"), where}:  # what goes to a GPU is read into memory first
-        free = available_bytes(device)
-        if free is not None and needed > free:
-            raise UsageError(
-                f"The weights in {kind} take {show_bytes(needed)}; {show_bytes(free)} are free on the {device.type}.",
-                f"Free memory, choose fewer bits{otherwise}.",
-            )
+    free = available_bytes(where)
+    if free is not None and needed > free:
+        raise UsageError(
+            f"The weights in {kind} take {show_bytes(needed)}; {show_bytes(free)} are free on the {where.type}.",
+            f"Free memory, choose fewer bits{otherwise}.",
+        )
 
 
 class LoadedModel:

@@ -22,10 +22,18 @@ from trinity.kernels.compiled import is_loaded
 from trinity.plan.inference import GROUP, PANEL, matrix_bytes, record_bytes
 
 Kind = Literal["float32", "bfloat16", "int8", "int4"]
+Dtype = Literal["float32", "bfloat16", "float8", "int8", "int4"]  # float8 is for GPUs: see narrow.py
 KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order of kernels/panels.h
 NARROW = ("int8", "int4")
 WIDEST = 65504 * 7  # of 4 bits, whose scale is a float16
 _BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+
+
+def dtype_named(name: str) -> Dtype:
+    for dtype in get_args(Dtype):
+        if dtype == name:
+            return dtype
+    raise UsageError(f"dtype '{name}' is not offered.", f"Choose one of {', '.join(get_args(Dtype))}.")
 
 
 def kind_named(name: str) -> Kind:
@@ -98,6 +106,15 @@ def _scales(groups: Tensor, most: int) -> Tensor:
 
 def unpacked(record: Tensor, outputs: int, depth: int, kind: Kind) -> Tensor:
     """uint8 [..., bytes] -> [..., outputs, depth] float32."""
+    values, scales = unpaneled(record, outputs, depth, kind)
+    if fitted(kind, depth) in NARROW:
+        return values.float() * scales.float().repeat_interleave(GROUP, dim=-1)
+    return values.float()
+
+
+def unpaneled(record: Tensor, outputs: int, depth: int, kind: Kind) -> tuple[Tensor, Tensor]:
+    """uint8 [..., bytes] -> [..., outputs, depth] of float32, bfloat16 or int8, the whole numbers of 8 or 4 bits; and
+    float16 [..., outputs, depth / 32], their scales."""
     kind, panels = fitted(kind, depth), -(-outputs // PANEL)
     size = panels * PANEL * depth * _BITS[kind] // 8
     values, scales = record[..., :size].contiguous(), record[..., size:].contiguous().view(torch.float16)
@@ -105,13 +122,14 @@ def unpacked(record: Tensor, outputs: int, depth: int, kind: Kind) -> Tensor:
         pairs = torch.stack(
             ((values & 15).unflatten(-1, (-1, PANEL)), (values >> 4).unflatten(-1, (-1, PANEL))), dim=-2
         )
-        whole = pairs.flatten(-3).unflatten(-1, (panels, depth, PANEL)).float() - 8
+        values = (pairs.flatten(-3) - 8).view(torch.int8)
     else:
-        dtype = torch.int8 if kind == "int8" else getattr(torch, kind)
-        whole = values.view(dtype).unflatten(-1, (panels, depth, PANEL)).float()
-    if kind in NARROW:
-        whole = whole * scales.unflatten(-1, (panels, depth // GROUP, PANEL)).float().repeat_interleave(GROUP, dim=-2)
-    return whole.transpose(-1, -2).flatten(-3, -2)[..., :outputs, :]
+        values = values.view(torch.int8 if kind == "int8" else getattr(torch, kind))
+
+    def rows(panels_of: Tensor, length: int) -> Tensor:
+        return panels_of.unflatten(-1, (panels, length, PANEL)).transpose(-1, -2).flatten(-3, -2)[..., :outputs, :]
+
+    return rows(values, depth), rows(scales, depth // GROUP if kind in NARROW else 0)
 
 
 def interleaved(gate: Tensor, up: Tensor) -> Tensor:

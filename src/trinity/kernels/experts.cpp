@@ -60,6 +60,7 @@ struct Layer {
 
 void check(const Layer& layer) {
   const int64_t experts = layer.ends.size(0), rows = layer.order.size(0);
+  TORCH_CHECK(layer.gate_up.is_contiguous() && layer.down.is_contiguous(), "experts must be contiguous");
   TORCH_CHECK(layer.gate_up.size(0) == experts && layer.down.size(0) == experts, experts, " counts for ",
               layer.gate_up.size(0), " experts");
   TORCH_CHECK(layer.weights.numel() == rows && layer.x.size(0) * layer.choices() == rows, rows, " rows for ",

@@ -3,6 +3,8 @@
 Shapes: N tokens, K chosen, R = N x K routed rows, E experts, D width, F hidden width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,6 +30,14 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor | None, order: Tensor, ends: Tensor) -> Tensor:
         """x [N, D], weights [N, K] -> [N, D]: see `through_experts`."""
         return through_experts(x, weights, order, ends, self.gate_up_proj, self.down_proj)
+
+    def by_row(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """x [N, D], weights and chosen [N, K] -> [N, D]: see `one_by_one`."""
+        return one_by_one(x, weights, chosen, self.chosen)
+
+    def chosen(self, choice: Tensor) -> tuple[Tensor, Tensor]:
+        """A copy of the matrices of an expert for each of `choice` [N]."""
+        return self.gate_up_proj.index_select(0, choice), self.down_proj.index_select(0, choice)
 
 
 class MixtureOfExperts(nn.Module):
@@ -67,18 +77,38 @@ def through_experts(
     if fits(x, gate_up, down):
         weights = x.new_ones(len(x), 1) if weights is None else weights
         return RoutedExperts.apply(x, gate_up, down, weights, order, ends)
+    return routed(
+        x,
+        weights,
+        order,
+        lambda rows: grouped_matmul(rows, gate_up, ends),
+        lambda rows: grouped_matmul(rows, down, ends),
+    )
+
+
+def routed(
+    x: Tensor,
+    weights: Tensor | None,
+    order: Tensor,
+    gate_up: Callable[[Tensor], Tensor],
+    down: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """`through_experts` with these two products of rows that are grouped by expert."""
     rows = GatherRows.apply(x, order, 1 if weights is None else weights.shape[1])
-    rows = grouped_matmul(GatePacked.apply(grouped_matmul(rows, gate_up, ends)), down, ends)
+    rows = down(GatePacked.apply(gate_up(rows)))
     return GatherRows.apply(rows, inverse(order), 1) if weights is None else CombineRows.apply(rows, weights, order)
 
 
-def one_by_one(x: Tensor, weights: Tensor, chosen: Tensor, experts: Experts) -> Tensor:
-    """The same for few rows, without a look at which experts are chosen: of each choice a copy of the matrices for
-    every row, and a product of that row. x [N, D], weights and chosen [N, K] -> [N, D]."""
+def one_by_one(
+    x: Tensor, weights: Tensor, chosen: Tensor, matrices: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """The same for few rows, without a look at which experts are chosen: of each choice the matrices for every row,
+    [N, 2, F, D] and [N, D, F], and a product of that row. x [N, D], weights and chosen [N, K] -> [N, D]."""
     made = torch.zeros_like(x, dtype=torch.float32)
     for weight, choice in zip(weights.unbind(1), chosen.unbind(1), strict=True):
-        rows = torch.bmm(experts.gate_up_proj.index_select(0, choice).flatten(1, 2), x.unsqueeze(2)).squeeze(2)
-        rows = torch.bmm(experts.down_proj.index_select(0, choice), GatePacked.apply(rows).unsqueeze(2)).squeeze(2)
+        gate_up, down = matrices(choice)
+        rows = torch.bmm(gate_up.flatten(1, 2), x.to(gate_up.dtype).unsqueeze(2)).squeeze(2)
+        rows = torch.bmm(down, GatePacked.apply(rows).unsqueeze(2)).squeeze(2)
         made = torch.addcmul(made, rows.float(), weight.unsqueeze(1))
     return made.to(x.dtype)
 

@@ -15,6 +15,7 @@ from trinity.config.model import ModelConfig
 PAGE, PANEL, GROUP = 64, 64, 32  # tokens; outputs; values of depth that share a scale
 STEP = 512  # tokens read in one step unless somebody says otherwise
 KINDS = ("float32", "bfloat16", "int8", "int4")
+DTYPES = ("float32", "bfloat16", "float8", "int8", "int4")  # float8 is for GPUs
 VALUE_BYTES = {"float32": 4, "bfloat16": 2}  # of keys and values
 
 
