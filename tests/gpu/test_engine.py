@@ -169,6 +169,5 @@ def test_speed(batch, kind, capsys):
             seconds.append(time.perf_counter() - begin)
         with capsys.disabled():
             middle = sorted(seconds)[len(seconds) // 2]
-            print(
-                f"\n{kind}, {name}, batch {batch}: {batch / middle:,.0f} tokens a second on {torch.cuda.get_device_name()}"
-            )
+            speed = f"{batch / middle:,.0f} tokens a second on {torch.cuda.get_device_name()}"
+            print(f"\n{kind}, {name}, batch {batch}: {speed}")

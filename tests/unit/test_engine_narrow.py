@@ -13,6 +13,7 @@ from test_engine_device import Tapes, anew
 from test_engine_runner import CONFIGS, STEP, a_model, a_text, compiled, plain_logits, pools_for, read
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from trinity.base.errors import CheckpointError, UsageError
 from trinity.ckpt.hf import write_hf
@@ -169,7 +170,34 @@ def test_what_torch_compiles_computes_the_same_in_few_kernels(kind: NarrowKind):
         metrics.reset()
         found, wanted = narrow.fused(function)(*arguments), function(*arguments)
         assert 0 < metrics.generated_kernel_count <= most, function
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+        for one, other in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+            torch.testing.assert_close(one.float(), other.float(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed", "ignore:.torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@torch.inference_mode()
+def test_a_whole_model_of_compiled_functions(kind: NarrowKind, monkeypatch: pytest.MonkeyPatch):
+    """Steps of many sizes, few and more rows than are read as they are, in a number of variants that does not grow."""
+    runner = DeviceRunner(narrow_of(a_model(CONFIGS["debug"]), kind).float(), anew)
+    made: list[list[Tensor]] = []
+    for fuses in (False, True):
+        monkeypatch.setattr(narrow, "fuses", lambda _, fuses=fuses: fuses)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        made.append([])
+        for batch in (1, 2, 3, 5, 8, 9, 12, 17):
+            texts = [a_text(runner.config, 44, number) for number in range(batch)]
+            pools, places = pools_for(runner.config, batch, 44)
+            made[-1].append(
+                runner.forward([Rows(t[:40], 0, *p, 40) for t, p in zip(texts, places, strict=True)], pools)
+            )
+            for at in range(40, 44):
+                rows = [Rows([text[at]], at, *place) for text, place in zip(texts, places, strict=True)]
+                made[-1].append(runner.forward(rows, pools))
+    torch.testing.assert_close(made[1], made[0], rtol=1e-3, atol=1e-4)
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 24
 
 
 @given(rows=st.integers(1, 9), seed=st.integers(0, 99))

@@ -106,13 +106,13 @@ Made = TypeVar("Made")
 
 
 def fused(function: Callable[Args, Made]) -> Callable[Args, Made]:
-    """The function as torch compiles it, for the shapes that come."""
+    """The function as torch compiles it for the shapes that come, with sizes left open once they have changed."""
     return _compiled(function)
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+    return torch.compile(function, fullgraph=True, recompile_limit=64)  # pyright: ignore[reportCallIssue]
 
 
 def fuses(device: torch.device) -> bool:
@@ -121,7 +121,10 @@ def fuses(device: torch.device) -> bool:
 
 
 def _wide(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return (fused(widened) if fuses(numbers.device) else widened)(numbers, scales, dtype)
+    if not fuses(numbers.device):
+        return widened(numbers, scales, dtype)
+    made = fused(widened)(numbers.flatten(0, -2), scales.flatten(0, -2), dtype)  # one form for stacks and matrices
+    return made.unflatten(0, numbers.shape[:-1])
 
 
 class NarrowLinear(nn.Module):
