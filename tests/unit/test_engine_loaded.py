@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,19 @@ def test_keys_and_values_are_as_wide_as_the_weights_where_nobody_says(folder: Pa
     assert torch.equal(narrow.logits([ids]), load(folder, dtype="bfloat16", kv_dtype="bfloat16").logits([ids]))
     assert torch.equal(loaded.logits([ids]), load(folder, kv_dtype="float32").logits([ids]))
     assert narrow.engine(EngineLimits(kv_dtype="float32")).pools.paged.values.dtype == torch.float32
+
+
+@pytest.mark.skipif(not is_loaded(), reason="no C++ compiler here")
+def test_weights_stored_in_bfloat16_stay_so_and_lose_nothing(folder: Path, loaded: LoadedModel, tmp_path: Path) -> None:
+    narrow, ids = tmp_path / "narrow", [[0, *range(40, 60)]]
+    shutil.copytree(folder, narrow)
+    for file in narrow.glob("*.safetensors*"):
+        file.unlink()
+    write_hf(narrow, open_model(folder).model, torch.bfloat16)
+    found, wide = load(narrow, kv_dtype="float32"), load(narrow, dtype="float32", kv_dtype="float32")
+    assert found.runner.kv_dtype == "bfloat16" and wide.runner.kv_dtype == "float32"
+    assert found.runner.weight_bytes < 0.6 * wide.runner.weight_bytes
+    assert torch.equal(found.logits(ids), wide.logits(ids)) and not torch.equal(found.logits(ids), loaded.logits(ids))
 
 
 def test_precisions_not_offered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from trinity.base.durable import open_to_readers, write_json
 from trinity.base.errors import CheckpointError, ConfigError
 from trinity.ckpt.names import published_tensors, slot_of
 from trinity.ckpt.tensor_file import TensorFile
-from trinity.ckpt.weights import model_of
+from trinity.ckpt.weights import FLOAT32_ALWAYS, model_of
 from trinity.config.load import from_dict
 from trinity.config.model import ModelConfig
 from trinity.model.init import build_on_meta
@@ -156,6 +156,14 @@ class FolderWeights:
             raise CheckpointError(
                 f"{folder} lacks {len(missing)} tensors, among them {first}.", "Copy the folder again."
             )
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether bfloat16 holds every matrix as it is stored, but for what is float32 in any case."""
+        return all(
+            file.tensors[name].dtype == torch.bfloat16 or name.endswith(FLOAT32_ALWAYS)
+            for name, file in self._where.items()
+        )
 
     def published(self, name: str) -> Tensor:
         """A tensor by its published name."""

@@ -49,7 +49,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="what weights are kept in (default: float32, on a GPU bfloat16, of a packed folder what it has)",
+        help="what weights are kept in (default: as they are stored, on a GPU bfloat16)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     parser.add_argument(

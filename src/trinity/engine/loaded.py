@@ -51,8 +51,8 @@ def load(
 
     dtype: 'float32', 'bfloat16', 'int8', 'int4' or, on a GPU of compute capability 9, 'float8'. That is what weights
     are kept in; what is computed is float32 on a CPU, on a GPU of the weights' own kind, bfloat16 beside 8 and 4 bits.
-    Router, norms and selection bias stay in float32 in any. None is 'float32' on a CPU, 'bfloat16' on a GPU; a packed
-    folder has a dtype of its own.
+    Router, norms and selection bias stay in float32 in any. None is 'bfloat16' on a GPU, and on a CPU for weights
+    that are stored in it, else 'float32'; a packed folder has a dtype of its own.
 
     device: 'cpu', 'cuda', or 'auto': a GPU where there is one. A packed folder is for a CPU.
 
@@ -80,7 +80,7 @@ def loaded(
 def _runner(stored: StoredModel, dtype: Dtype | None, device: str, expert_bytes: int) -> Runner:
     packed = stored.weights.file if isinstance(stored.weights, PackedWeights) else None
     where = device_named("cpu" if device == "auto" and packed is not None else device)
-    kind = kind_of(packed) if packed is not None else dtype or ("float32" if where.type == "cpu" else "bfloat16")
+    kind = kind_of(packed) if packed is not None else dtype or _default(stored, where)
     if dtype not in (None, kind):
         raise UsageError(f"{stored.folder} is packed in {kind}, not in {dtype}.", f"Leave --dtype {dtype} away.")
     if expert_bytes and packed is None:
@@ -109,6 +109,12 @@ def _runner(stored: StoredModel, dtype: Dtype | None, device: str, expert_bytes:
     _check_memory(kind, whole, where)
     with progress(f"Packing {stored.name} in {kind}", whole) as advance:
         return CompiledRunner(decoder_weights(stored.config, stored.weights, kind, advance))
+
+
+def _default(stored: StoredModel, where: torch.device) -> Dtype:
+    """On a CPU nothing is rounded; its own products of bfloat16, where kernels are not compiled, are slow."""
+    kept = stored.in_bfloat16 and is_loaded()
+    return "bfloat16" if kept or where.type != "cpu" else "float32"
 
 
 def _narrow_on(where: torch.device, stored: StoredModel, kind: NarrowKind) -> Runner:
