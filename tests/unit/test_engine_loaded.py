@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import shutil
 import textwrap
 from dataclasses import replace
@@ -167,6 +168,30 @@ def test_bad_calls(loaded: LoadedModel, tmp_path: Path) -> None:
         loaded.logits(torch.tensor([[1, 99999]]))
     with pytest.raises(RequestError, match="empty"):
         loaded.score([])
+
+
+def test_generate_command_holds_an_answer_to_a_form(folder: Path, tmp_path: Path, capsys) -> None:
+    asked = ["generate", str(folder), "--prompt", "def wrap", "--max-new-tokens", "40"]
+    schema, grammar = tmp_path / "schema.json", tmp_path / "grammar.lark"
+    schema.write_text('{"enum": [7]}')
+    grammar.write_text('start: "yes" | "no"')
+    assert main([*asked, "--json-schema", str(schema)]) == 0
+    assert re.fullmatch(r"\s*7?\s*", capsys.readouterr().out)  # an untrained model may leave it at blanks
+    assert main([*asked, "--regex", "[a-c]{3}"]) == 0
+    assert re.fullmatch("[a-c]{3}\n", capsys.readouterr().out)
+    assert main([*asked, "--grammar", str(grammar)]) == 0
+    assert capsys.readouterr().out in ("yes\n", "no\n")
+    for wrong, said in (
+        (
+            ["--grammar", str(tmp_path / "nowhere")],
+            f"{tmp_path / 'nowhere'} cannot be read: No such file or directory. Give a text file.",
+        ),
+        (["--after-think"], "after_think is given without a form. Add one of json_schema, regex, grammar."),
+        (["--regex", "("], "trinity generate: "),
+    ):
+        assert main([*asked, *wrong]) in (1, 2)
+        error = capsys.readouterr().err
+        assert said in error and len(error.splitlines()) == 1
 
 
 def test_generate_command(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

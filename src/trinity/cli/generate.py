@@ -3,14 +3,17 @@
 Example:
   trinity generate runs/debug --prompt 'def fibonacci(n):' --max-new-tokens 64
   echo 'import os' | trinity generate runs/debug --prompt - --temperature 0.8 --seed 1
+  trinity generate models/chat --prompt 'A city:' --json-schema city.json
 """
 
 import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from trinity.base.errors import UsageError
 from trinity.config.engine import KvChoice
 from trinity.plan.inference import DTYPES
 
@@ -22,6 +25,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder or a run folder")
     parser.add_argument("--prompt", required=True, help="text to continue; '-' reads it from standard input")
     add_sampling(parser, max_new_tokens=64, temperature=0.0)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=Path, metavar="FILE", help="the answer is JSON of this schema")
+    form.add_argument("--regex", metavar="TEXT", help="the whole answer matches this regular expression")
+    form.add_argument("--grammar", type=Path, metavar="FILE", help="the answer is of this Lark grammar")
+    parser.add_argument("--after-think", action="store_true", help="the form begins behind </think>")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, token ids, log-probabilities")
     parser.add_argument(
         "--stream",
@@ -87,10 +95,24 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
 
 
+def _form_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The form that an answer shall have, as `constraint_of` takes it."""
+
+    def text_of(file: Path | None) -> str | None:
+        try:
+            return None if file is None else file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+            raise UsageError(f"{file} cannot be read: {reason}.", "Give a text file.") from error
+
+    texts = {"json_schema": text_of(options.json_schema), "grammar": text_of(options.grammar), "regex": options.regex}
+    return texts | {"after_think": options.after_think}
+
+
 def generate(options: argparse.Namespace) -> None:
     from trinity.engine.loaded import sampling_from
 
-    sampling = sampling_of(options)
+    sampling = sampling_of(options) | _form_of(options)
     sampling_from(sampling)  # refuses bad values before the model is loaded
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     model = loaded(options)
