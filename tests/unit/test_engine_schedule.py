@@ -280,11 +280,20 @@ def test_what_does_not_fit_is_said_with_the_numbers_before_anything_is_taken(run
     assert "kv_bytes" in refused.value.remedy and not engine.busy
     with pytest.raises(UsageError, match=r"room for 1 pages of 64 tokens .* among 2 requests"):
         Engine(runner, tokenizer, END, EngineLimits(max_active=2, kv_bytes=page_bytes(1)))
+    rings = Engine(
+        runner, tokenizer, END, EngineLimits(kv_bytes=page_bytes(20), window_bytes=0)
+    ).pools.local.values.nbytes
     monkeypatch.setattr("trinity.kernels.heap.free_bytes", lambda: 1000)
     with pytest.raises(
-        UsageError, match=r"may take .* of pages, .* of rings for 8 requests, .* of windows; 1000 B are free"
+        UsageError, match=r"Rings for 8 requests take .* and windows 256.0 MiB; 1000 B are free"
+    ) as refused:
+        Engine(runner, tokenizer, END, EngineLimits())
+    assert "window_bytes" in refused.value.remedy
+    monkeypatch.setattr("trinity.kernels.heap.free_bytes", lambda: rings + 1000)
+    with pytest.raises(
+        UsageError, match=r"may take .* of pages, .* of rings for 8 requests, .* of windows; .* are free"
     ):
-        Engine(runner, tokenizer, END, EngineLimits(kv_bytes=page_bytes(20)))
+        Engine(runner, tokenizer, END, EngineLimits(kv_bytes=page_bytes(20), window_bytes=0))
     monkeypatch.setattr("trinity.kernels.heap.free_bytes", lambda: None)  # where the system does not say
     assert Engine(runner, tokenizer, END, EngineLimits(max_active=2)).pools.tokens == 2 * pages_for(600) * PAGE
 

@@ -19,12 +19,19 @@ def pools_for(runner: Runner, limits: EngineLimits) -> Pools:
     page = PAGE * max(1, kv_bytes_per_token(config, kv_dtype))
     rings = limits.max_active * ring_bytes(config, limits.step_tokens, kv_dtype)
     wanted, free = limits.max_active * pages_for(config.max_position_embeddings), available_bytes(runner.device)
+    before = rings + limits.window_bytes
+    if free is not None and before > free:
+        raise UsageError(
+            f"Rings for {limits.max_active} requests take {show_bytes(rings)} and windows "
+            f"{show_bytes(limits.window_bytes)}; {show_bytes(free)} are free, and pages need room, too.",
+            "Lower window_bytes, max_active or step_tokens, or free memory.",
+        )
     if limits.kv_bytes:
         pages = min(wanted, limits.kv_bytes // page)
     else:
-        rest = wanted * page if free is None else int(SHARE * (free - rings - limits.window_bytes))
-        pages = min(wanted, max(0, rest // page))
-    needed = pages * page + rings + limits.window_bytes
+        rest = wanted * page if free is None else int(SHARE * (free - before))
+        pages = min(wanted, rest // page)
+    needed = pages * page + before
     if free is not None and needed > free:
         raise UsageError(
             f"Keys and values may take {show_bytes(needed)}: {show_bytes(pages * page)} of pages, {show_bytes(rings)} "
