@@ -102,6 +102,7 @@ def test_bodies_that_are_no_request(running) -> None:
     assert "surrogate" in error_of(httpx.post(url, content=lone, headers=as_json), 400)["message"]
     missing = error_of(httpx.post(url, json={"messages": GOOD["messages"]}), 400)
     assert missing["param"] == "model"
+    assert missing["message"] == "The field 'model' is missing. Name one that GET /v1/models lists."
 
 
 def test_paths_methods_and_models(running) -> None:

@@ -46,12 +46,13 @@ def from_validation(error: RequestValidationError) -> ApiError:
     place = [str(part) for part in first["loc"][1:]]
     field = place[0] if place else None
     if first["type"] == "json_invalid":
-        return ApiError(400, "The body is not JSON.")
+        return ApiError(400, "The body is not JSON. Send one JSON object.")
     if first["type"] == "extra_forbidden":
         path = ".".join(place)
         return ApiError(400, f"This server does not support the field '{path}'. Leave it out.", path, "unsupported")
     if first["type"] == "missing" and field:
-        return ApiError(400, f"The field '{'.'.join(place)}' is missing.", ".".join(place))
+        remedy = "Name one that GET /v1/models lists." if field == "model" else "Add it."
+        return ApiError(400, f"The field '{'.'.join(place)}' is missing. {remedy}", ".".join(place))
     if field is None:
         return ApiError(400, "The body must be a JSON object, sent with content-type application/json.")
     return ApiError(400, f"The field '{field}' is not valid: {first['msg']}.", field)
