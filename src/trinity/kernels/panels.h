@@ -122,14 +122,15 @@ void multiply_panel(const float* const* x, int64_t depth, const char* values, co
                     float (*y)[kPanel]) {
   constexpr int V = 4;
   constexpr int64_t row = bytes_of(T, kPanel);
+  // One row of float32 leaves the processor time to fetch ahead by itself.
+  constexpr bool kFetch = R > 1 || T != Kind::kFloat32;
   for (int64_t part = 0; part < kPanel; part += V * kLanes) {
     Vec sum[R][V] = {};
     if constexpr (T == Kind::kFloat32 || T == Kind::kBFloat16) {
       const char* at = values + bytes_of(T, part);
       for (int64_t k = 0; k < depth; ++k, at += row) {
         Vec right[V];
-        // One row of float32 leaves the processor time to fetch ahead by itself.
-        for (int64_t line = 0; R > 1 && line < row; line += kLine) __builtin_prefetch(at + kAhead + line, 0, 2);
+        for (int64_t line = 0; kFetch && line < row; line += kLine) __builtin_prefetch(at + kAhead + line, 0, 2);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) right[v] = loaded<T>(at + bytes_of(T, v * kLanes));
 #pragma GCC unroll 6
