@@ -236,6 +236,18 @@ def test_the_twin_of_the_grouped_product_of_float8():
     assert found.shape == wanted.shape and off(found, wanted) < 0.04
 
 
+def test_torch_takes_the_layout_of_the_grouped_product_of_float8():
+    """By its own checks, which need no GPU: those of the operator that `scaled_grouped_mm` has replaced."""
+    x, ends = normal(9, 64), torch.tensor([2, 2, 9], dtype=torch.int32)
+    numbers, scales = narrow.rounded(normal(3, 2, 16, 64, seed=1), "float8")
+    rows = [part.to("meta") for part in narrow.rounded_rows(x)]
+    stack, its_scales = numbers.flatten(1, 2).to("meta"), scales.flatten(1, 2).to("meta")
+    made = torch._scaled_grouped_mm(
+        rows[0], stack.transpose(1, 2), rows[1], its_scales, offs=ends.to("meta"), out_dtype=torch.bfloat16
+    )
+    assert made.shape == (9, 32)
+
+
 @torch.inference_mode()
 def test_float8_loses_what_its_three_bits_lose():
     """Without experts: which of them are chosen turns on less."""

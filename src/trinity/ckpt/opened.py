@@ -39,11 +39,6 @@ class StoredModel:
     load_balance_coeff: float  # step of the selection biases in pretraining, as published in config.json
 
     @property
-    def in_bfloat16(self) -> bool:
-        """Whether bfloat16 keeps its weights as they are stored, as of published models; a run has float32."""
-        return isinstance(self.weights, FolderWeights) and self.weights.in_bfloat16
-
-    @property
     def ends_turns(self) -> bool:
         """Whether generation_config.json ends an answer at <|im_end|>, as that of a fine-tuned model does."""
         ends = self.generation.get("eos_token_id")

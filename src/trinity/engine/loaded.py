@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trinity.base.errors import RequestError, UsageError, nearest
 from trinity.base.units import parse_bytes, show_bytes
+from trinity.ckpt.hf import FolderWeights
 from trinity.ckpt.opened import StoredModel, find_model, read_model
 from trinity.ckpt.weights import PackedWeights, keep_precision
 from trinity.config.engine import EngineLimits, KvChoice
@@ -25,7 +26,7 @@ from trinity.config.model import ModelConfig
 from trinity.data.progress import progress
 from trinity.engine.device import DeviceRunner, device_named
 from trinity.engine.engine import Engine, end_tokens, run
-from trinity.engine.narrow import NarrowKind, check_float8, narrow_bytes, narrow_model
+from trinity.engine.narrow import NarrowKind, check_float8, narrow_bytes, narrow_model, widest_layer_bytes
 from trinity.engine.packed import kind_of, packed_bytes, read_packed
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, constraint_of, gather
 from trinity.engine.runner import CompiledRunner, Runner, logits_of, runner_for
@@ -113,14 +114,14 @@ def _runner(stored: StoredModel, dtype: Dtype | None, device: str, expert_bytes:
 
 def _default(stored: StoredModel, where: torch.device) -> Dtype:
     """On a CPU nothing is rounded; its own products of bfloat16, where kernels are not compiled, are slow."""
-    kept = stored.in_bfloat16 and is_loaded()
-    return "bfloat16" if kept or where.type != "cpu" else "float32"
+    kept = isinstance(stored.weights, FolderWeights) and stored.weights.in_bfloat16
+    return "bfloat16" if where.type != "cpu" or (kept and is_loaded()) else "float32"
 
 
 def _narrow_on(where: torch.device, stored: StoredModel, kind: NarrowKind) -> Runner:
     """The model's own code with weights of fewer bits, which go to a GPU one by one."""
     whole = narrow_bytes(stored.config, kind)
-    _check_memory(kind, whole, where)
+    _check_memory(kind, whole + widest_layer_bytes(stored.config, kind), where)
     with progress(f"Rounding {stored.name} to {kind}", whole) as advance:
         return DeviceRunner(narrow_model(stored.config, stored.weights, kind, where, advance))
 

@@ -281,6 +281,12 @@ def narrow_bytes(config: ModelConfig, kind: NarrowKind) -> int:
     return sum(tensor.nbytes for tensor in _state(narrow_on_meta(config, kind)).values())
 
 
+def widest_layer_bytes(config: ModelConfig, kind: NarrowKind) -> int:
+    """What is made and dropped again where many rows meet the experts of a layer: these in bfloat16."""
+    experts = config.num_experts if config.num_sparse_layers and kind != "float8" else 0
+    return 2 * 3 * experts * config.hidden_size * config.moe_intermediate_size
+
+
 def _state(model: Transformer) -> dict[str, Tensor]:
     """What the model holds, on meta, in the precision that it is held in."""
     own = {f"{name}.{buffer}" for name, module in _narrow(model) for buffer, _ in module.named_buffers()}

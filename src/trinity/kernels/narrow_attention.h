@@ -327,8 +327,7 @@ class NarrowAttention {
   }
 
   void settle() {
-    const int64_t queries = behind_->queries;
-    for (int64_t r = 0; r < queries; ++r) {
+    for (int64_t r = 0; r < behind_->queries; ++r) {
       float* read = behind_->read + r * size_;
       for (int64_t c = 0; c < size_; c += kLanes) {
         vec(read + c) = vec(read + c) * behind_->less[r] + vec(sums_ + r * size_ + c);
