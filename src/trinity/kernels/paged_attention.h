@@ -317,7 +317,7 @@ class PagedAttention {
         join(queries, highest, sum, answer, top, part, read);
       }
     };
-    const auto in_tiles = [&]<class Attention>() {
+    [[maybe_unused]] const auto in_tiles = [&]<class Attention>() {
       const AmxTiles tiles(static_cast<uint8_t>(std::min(kTileQueries, queries)));
       float *units = more, *left = units + whole_vectors(queries);
       float* room = left + Attention::Numbers::query_floats(queries, size_);
@@ -327,15 +327,14 @@ class PagedAttention {
       });
     };
     switch (form_) {
-      case Form::vectors:
-        by_stretches([&](int64_t low, int64_t high) { through_pages(layer, task, low, high, q, top, sums, read, more); });
-        break;
 #ifdef TRINITY_DIGITS
       case Form::digits: in_tiles.template operator()<DigitAttention>(); break;
 #endif
 #ifdef TRINITY_NARROW
       case Form::narrow: in_tiles.template operator()<NarrowAttention>(); break;
 #endif
+      default:
+        by_stretches([&](int64_t low, int64_t high) { through_pages(layer, task, low, high, q, top, sums, read, more); });
     }
     if (task.partial < 0) {
       finish(task.row, task.count, task.head, sum, answer, projected, attended);
