@@ -115,7 +115,7 @@ EIGHT = "model.num_hidden_layers=8"
         memory_case("large", Layout(shard=8, expert=8, microbatch_rows=1, **BFLOAT16), EIGHT, slow=True),
         memory_case("large", Layout(shard=8, expert=8, microbatch_rows=8, **BFLOAT16), EIGHT, slow=True),
         memory_case("large", Layout(shard=8, expert=1, microbatch_rows=2, **BFLOAT16), EIGHT, slow=True),
-        memory_case("large", Layout(shard=256, microbatch_rows=8, **BFLOAT16), EIGHT, BATCH),
+        memory_case("large", Layout(shard=256, microbatch_rows=8, **BFLOAT16), EIGHT, BATCH, slow=True),
         memory_case("large", Layout(shard=16, expert=8, microbatch_rows=1, **BFLOAT16), EIGHT, slow=True),
         memory_case("large", Layout(shard=32, expert=4, microbatch_rows=4, **BFLOAT16), EIGHT, slow=True),
         memory_case("mini", Layout(shard=16, expert=2, microbatch_rows=2, **BFLOAT16), EIGHT, slow=True),

@@ -61,7 +61,7 @@ documents_of_a_source = st.lists(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(st.lists(st.tuples(documents_of_a_source, st.sampled_from([0, 0.02, 0.3, 0.9])), min_size=2, max_size=3))
 def test_no_text_and_no_ancestor_is_on_both_sides(
     tokenizer: Tokenizer, made: list[tuple[list[Document], float]]
