@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from trinity.base.progress import progress
 from trinity.base.units import parse_bytes, show_bytes
 from trinity.bench.subject import DrawnWeights
 from trinity.ckpt.hf import published_config
@@ -30,7 +31,6 @@ from trinity.ckpt.model_folder import write_companions
 from trinity.ckpt.opened import StoredModel
 from trinity.ckpt.weights import PACKED
 from trinity.config.engine import EngineLimits
-from trinity.data.progress import progress
 from trinity.engine.loaded import load
 from trinity.engine.packed import packed_bytes, write_packed
 from trinity.engine.request import Request, SamplingParams

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from started import starting_trinity, trinity
+from trinity.bench.subject import DrawnWeights
 from trinity.ckpt.hf import write_hf
 from trinity.cli.main import main
 from trinity.model.init import build_model
@@ -173,6 +175,25 @@ def test_stopped_engines_end_with_the_command(folder: Path):
     while any(Path(f"/proc/{pid}").exists() for pid in waiting):
         assert time.monotonic() < end, f"{waiting} outlived the command"
         time.sleep(0.01)
+
+
+def test_random_weights_are_the_same_however_they_are_asked_for():
+    weights = DrawnWeights(recipe("debug").model)
+    for name, tensor in weights.items():
+        assert tensor.any() or name.endswith("expert_bias"), name
+        if ".experts." in name:
+            assert torch.equal(torch.stack([*weights.experts(name)]), tensor), name
+
+
+@pytest.mark.slow
+def test_engines_are_given_the_same_random_weights(tmp_path: Path, monkeypatch):
+    out, text = tmp_path / "figures.json", tmp_path / "text.py"
+    text.write_text(inspect.getsource(textwrap)[:3000])
+    engines = ["--engine", "trinity-float32", "--engine", "transformers-float32"]
+    monkeypatch.setattr("sys.argv", ["decode.py", "debug", *engines, *LITTLE, "--text", str(text), "--json", str(out)])
+    decode_script().main()
+    found = json.loads(out.read_text())["text"]["engines"]["transformers-float32"]
+    assert found["beside"] == "trinity-float32" and found["relative_error_of_logits"] < 1e-4
 
 
 def decode_script():

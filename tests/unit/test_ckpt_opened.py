@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trinity.base import progress
 from trinity.base.durable import seal
 from trinity.base.errors import CheckpointError, TrinityError, UsageError
 from trinity.base.lineage import write_lineage
@@ -159,6 +160,14 @@ def test_the_bias_step_of_the_run_reaches_the_exported_config(made: Path, tmp_pa
     )
     assert json.loads((tmp_path / "config.json").read_text())["load_balance_coeff"] == opened.load_balance_coeff
     assert open_model(tmp_path).load_balance_coeff == opened.load_balance_coeff
+
+
+@pytest.mark.parametrize("place", ["run", "folder"])
+def test_reading_shows_how_far_it_is(made: Path, place: str, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    holds(open_model(made / place), 3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 20 and all(line.startswith(f"Reading {place}: ") and line.endswith(" left") for line in lines)
 
 
 def test_a_tokenizer_that_the_run_was_not_trained_with_is_refused(run: Path):

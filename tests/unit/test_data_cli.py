@@ -7,7 +7,6 @@ import pytest
 
 from trinity.cli.main import main
 from trinity.config.data import DataConfig
-from trinity.data import progress
 from trinity.data.embedded import embedded_corpus
 from trinity.data.loader import Loader
 
@@ -88,17 +87,3 @@ def test_the_embedded_corpus_is_whole_and_kept(tmp_path: Path) -> None:
     held = list(loader.corpus.heldout())
     assert len(held) > 2 and {document.kind for document in held} <= {"code", "docs"}
     assert loader.corpus.num_tokens > 64 * 1024
-
-
-def test_progress_away_from_a_terminal_is_sparse_lines(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with progress.progress("read", 4) as advance:
-        advance(1)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    with progress.progress("read", 4) as advance:
-        for _ in range(4):
-            advance(1)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["read: 25%", "read: 50%", "read: 75%"]

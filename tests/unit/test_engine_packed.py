@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from trinity.base import progress
 from trinity.base.errors import CheckpointError, UsageError
 from trinity.ckpt.model_folder import write_model_folder
 from trinity.ckpt.opened import find_model, open_model
@@ -118,6 +119,15 @@ def test_experts_on_the_disk_change_no_bit(models: Path, kind: Kind, slots: int,
 def test_a_budget_for_all_of_them_is_no_cache(models: Path):
     assert load(models / "float32", expert_bytes=EXPERTS * RECORD["float32"]).runner.expert_reads() is None
     assert load(models / "float32", expert_bytes="4GiB").runner.expert_reads() is None
+
+
+def test_reading_shows_how_far_it_is_with_what_stays_on_the_disk_left_out(models: Path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    load(models / "int4")
+    whole = capsys.readouterr().err.splitlines()
+    load(models / "int4", expert_bytes=2 * RECORD["int4"])
+    assert all(line.startswith("Reading int4: ") for line in whole)
+    assert 3 < len(capsys.readouterr().err.splitlines()) < len(whole)
 
 
 def test_what_tokens_choose_often_stays_in_memory(models: Path):

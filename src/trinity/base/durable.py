@@ -18,14 +18,17 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypedDict
 
 from trinity.base.errors import StorageError, VerificationError
+from trinity.base.progress import progress
 from trinity.base.units import show_bytes
 
 MANIFEST = "manifest.json"
+SHOWN_FROM = 2**29  # bytes that take a second or more to hash
+Advance = Callable[[int], None]
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>writing|retired)-(?P<process>[0-9]+)(?:-[0-9a-f]+)?", re.DOTALL)
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _NO_MANIFEST = (ValueError, KeyError, TypeError, AttributeError)  # what reading something else as one leads to
@@ -145,9 +148,19 @@ def write_json(path: Path, value: object) -> None:
     write_durably(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_file(path: Path, advance: Advance = lambda _: None) -> str:
+    """Of a file's bytes. `advance` is told how many were read, some at a time."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(2**18))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            advance(count)
+    return digest.hexdigest()
+
+
+def _hashing(label: str, waiting: int) -> AbstractContextManager[Advance]:
+    """Progress of so many bytes, where they take long enough to show it."""
+    return progress(label, waiting) if waiting >= SHOWN_FROM else nullcontext(lambda _: None)
 
 
 def sha256_text(text: str) -> str:
@@ -264,9 +277,9 @@ class Sealed(TypedDict):
     bytes: int
 
 
-def sealed(path: Path) -> Sealed:
+def sealed(path: Path, advance: Advance = lambda _: None) -> Sealed:
     """The manifest's entry of one file as it is now."""
-    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    return {"sha256": sha256_file(path, advance), "bytes": path.stat().st_size}
 
 
 def seal(folder: Path, ignore: tuple[str, ...] = (), known: dict[str, Sealed] | None = None) -> None:
@@ -277,8 +290,10 @@ def seal(folder: Path, ignore: tuple[str, ...] = (), known: dict[str, Sealed] | 
     known = known or {}
     # A network disk keeps what was removed while open as .nfs..., until it is closed: sealed, it would be missed later.
     found = {name for name in listed_files(folder, ignore) if not name.rsplit("/", 1)[-1].startswith(".nfs")}
-    files = {name: known[name] if name in known else sealed(folder / name) for name in sorted({*found, *known})}
-    write_json(folder / MANIFEST, {"files": files})
+    new = sorted(found - {*known})
+    with _hashing(f"sealing {folder.name}", sum((folder / name).stat().st_size for name in new)) as advance:
+        made = {name: sealed(folder / name, advance) for name in new}
+    write_json(folder / MANIFEST, {"files": dict(sorted((made | known).items()))})
 
 
 def unsealed_differences(folder: Path, ignore: tuple[str, ...] = ()) -> list[str]:
@@ -301,6 +316,7 @@ def altered_files(
 
     `share` (n, of): look at every `of`-th file from the n-th on, largest first, where several processes share the work.
     `known`: files whose bytes need no look; `hashed` hears of each whose bytes were looked at and are as promised.
+    The first process shows how far it is, where that takes long.
     """
     try:
         promised = _promised(folder)
@@ -309,20 +325,22 @@ def altered_files(
         return [f"{MANIFEST} is missing"]
     except _NO_MANIFEST:
         return [f"{MANIFEST} is not a manifest"]
-    differences = []
-    for name in ordered[share[0] :: share[1]]:
-        sha256, size = promised[name]
-        path = folder / name
-        if not path.is_file():
-            differences.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            differences.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
-        elif name in known:
-            continue
-        elif sha256_file(path) != sha256:
-            differences.append(f"{name} was altered (sha256 differs)")
-        else:
-            hashed(name)
+    ours, differences = ordered[share[0] :: share[1]], []
+    waiting = sum(promised[name][1] for name in ours if name not in known)
+    with _hashing(f"checking {folder.name}", waiting if share[0] == 0 else 0) as advance:
+        for name in ours:
+            sha256, size = promised[name]
+            path = folder / name
+            if not path.is_file():
+                differences.append(f"{name} is missing")
+            elif path.stat().st_size != size:
+                differences.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
+            elif name in known:
+                continue
+            elif sha256_file(path, advance) != sha256:
+                differences.append(f"{name} was altered (sha256 differs)")
+            else:
+                hashed(name)
     return differences
 
 

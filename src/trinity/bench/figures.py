@@ -14,12 +14,12 @@ from torch.nn.functional import cross_entropy
 
 from trinity.base.errors import TrinityError, UsageError
 from trinity.base.memory import free_bytes
+from trinity.base.progress import progress
 from trinity.base.units import show_bytes
 from trinity.bench.engines import seconds_of
 from trinity.bench.subject import BITS, TEXT_ROW, TEXT_TOKENS, Asked, Side, random_prompt
 from trinity.bench.turns import Worker
 from trinity.ckpt.gguf import write_gguf
-from trinity.data.progress import progress
 from trinity.plan.params import count_parameters
 
 BUFFER = 2**29  # bytes read to learn the bandwidth of memory: more than caches hold

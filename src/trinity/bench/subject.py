@@ -41,7 +41,7 @@ class DrawnWeights(Mapping[str, Tensor]):
 
     def tensor(self, name: str) -> Tensor:
         shape = self.metas[name].shape
-        if len(shape) == 3:
+        if len(shape) > 2:
             return torch.stack([*self.experts(name)])
         if len(shape) == 2:
             return self._cut(name, shape)
@@ -55,10 +55,6 @@ class DrawnWeights(Mapping[str, Tensor]):
     def experts(self, name: str) -> Iterator[Tensor]:
         for expert in range(len(self.metas[name])):
             yield self._cut(f"{name}.{expert}", self.metas[name].shape[1:])
-
-    def read_into(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in state.items():
-            tensor.copy_(self.tensor(name))
 
     def _cut(self, name: str, shape: torch.Size) -> Tensor:
         start, count = named_seed(0, name) % DRAWN, shape.numel()

@@ -180,10 +180,6 @@ class FolderWeights:
             parts = [self.published(published) for published in names[start : start + each]]
             yield torch.stack(parts) if each > 1 else parts[0]
 
-    def read_into(self, state: dict[str, Tensor]) -> None:
-        for name, slot in published_tensors(state):
-            slot.copy_(self.published(name))
-
 
 def read_hf(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
     """The model of a Hugging Face folder; see `model_of`."""

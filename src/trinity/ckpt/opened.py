@@ -67,7 +67,8 @@ def read_model(stored: StoredModel, dtype: str = "float32") -> OpenedModel:
     """All weights of a model, in memory once."""
     if isinstance(stored.weights, PackedWeights):
         stored.weights.refuse()
-    model = model_of(stored.config, stored.weights, _DTYPES[dtype]).eval().requires_grad_(False)
+    model = model_of(stored.config, stored.weights, _DTYPES[dtype], f"Reading {stored.name}")
+    model.eval().requires_grad_(False)
     return OpenedModel(model=model, **{field.name: getattr(stored, field.name) for field in fields(StoredModel)})
 
 
@@ -134,9 +135,10 @@ def _check_promises(folder: Path) -> None:
 
 def _find_checkpoint(folder: Path, run: Path, name: str) -> StoredModel:
     state = read_json_object(folder / STATE)
+    config = from_dict(ModelConfig, state["model_config"])
     return StoredModel(
-        config=from_dict(ModelConfig, state["model_config"]),
-        weights=CheckpointWeights(folder / MODEL),
+        config=config,
+        weights=CheckpointWeights(folder / MODEL, config),
         tokenizer=tokenizer_of(run, state, folder),
         folder=folder,
         name=name,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trinity.base.errors import CheckpointError
+from trinity.base.progress import progress
 from trinity.ckpt.shards import StoredPart
 from trinity.ckpt.tensor_file import TensorFile
 from trinity.config.model import ModelConfig
@@ -28,10 +29,6 @@ class Weights(Protocol):
         """A stack of experts, one at a time."""
         ...
 
-    def read_into(self, state: dict[str, Tensor]) -> None:
-        """Fill a state dict in place, converting to its dtypes."""
-        ...
-
 
 class HeldWeights:
     """Of a state dict."""
@@ -45,16 +42,13 @@ class HeldWeights:
     def experts(self, name: str) -> Iterator[Tensor]:
         yield from self.tensor(name)
 
-    def read_into(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in state.items():
-            tensor.copy_(self.tensor(name))
-
 
 class CheckpointWeights:
-    """Of a checkpoint of a run, which has been checked."""
+    """Of a checkpoint of a run, whose bytes have been checked. CheckpointError where it is of another architecture."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
         self._part = StoredPart(folder)
+        self._part.check(build_on_meta(config).state_dict())
 
     def tensor(self, name: str) -> Tensor:
         stored = self._part.tensors[name]
@@ -64,9 +58,6 @@ class CheckpointWeights:
 
     def experts(self, name: str) -> Iterator[Tensor]:
         yield from self.tensor(name)
-
-    def read_into(self, state: dict[str, Tensor]) -> None:
-        self._part.read_into(state)
 
 
 class PackedWeights:
@@ -86,18 +77,22 @@ class PackedWeights:
     def experts(self, name: str) -> NoReturn:
         self.refuse()
 
-    def read_into(self, state: dict[str, Tensor]) -> NoReturn:
-        self.refuse()
 
-
-def model_of(config: ModelConfig, weights: Weights, dtype: torch.dtype = torch.float32) -> Transformer:
+def model_of(
+    config: ModelConfig, weights: Weights, dtype: torch.dtype = torch.float32, label: str = "Reading a model"
+) -> Transformer:
     """A model in `dtype`, in memory once; router, norms and selection bias are float32 in any case."""
     model = build_on_meta(config)
     state = {
         name: keep_precision(name, torch.empty(meta.shape, dtype=dtype), dtype)
         for name, meta in model.state_dict().items()
     }
-    weights.read_into(state)
+    with progress(label, sum(tensor.nbytes for tensor in state.values())) as advance:
+        for name, tensor in state.items():
+            places, values = (tensor, weights.experts(name)) if tensor.dim() > 2 else ([tensor], [weights.tensor(name)])
+            for place, value in zip(places, values, strict=True):
+                place.copy_(value)
+                advance(place.nbytes)
     model.load_state_dict(state, assign=True)
     return model
 

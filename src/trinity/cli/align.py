@@ -37,8 +37,8 @@ def run_sft(options: argparse.Namespace) -> None:
         raise UsageError(f"{options.out} exists.", "Name a folder that does not, or remove it first.")
     from trinity.align.conversations import read_conversations
     from trinity.align.sft import count_learnt, count_steps, fine_tune
+    from trinity.base.progress import progress
     from trinity.ckpt.opened import open_model
-    from trinity.data.progress import progress
 
     opened = open_model(options.model)
     length = min(config.sequence_length, opened.model.config.max_position_embeddings)

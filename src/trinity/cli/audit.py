@@ -66,7 +66,7 @@ def audit(options: argparse.Namespace) -> None:
 
 
 class Watching:
-    """Progress of an audit: one bar or line of `trinity.data.progress` for each thing being done."""
+    """Progress of an audit: one bar or line of `trinity.base.progress` for each thing being done."""
 
     def __init__(self) -> None:
         from contextlib import ExitStack
@@ -82,7 +82,7 @@ class Watching:
         self._open.close()
 
     def watch(self, label: str, done: int, total: int) -> None:
-        from trinity.data.progress import progress
+        from trinity.base.progress import progress
 
         if label != self._label:
             self._open.close()

@@ -111,8 +111,8 @@ def reasons(counts: dict[str, int]) -> str:
 
 
 def run_ingest(options: argparse.Namespace) -> None:
+    from trinity.base.progress import progress
     from trinity.data.ingest import ingest, source_bytes
-    from trinity.data.progress import progress
 
     with progress("ingest", source_bytes(options.sources)) as advance:
         summary = ingest(options.sources, options.out, options.strict, options.text_field, advance)
@@ -134,9 +134,9 @@ def run_questions(options: argparse.Namespace) -> None:
 
 
 def run_curate(options: argparse.Namespace) -> None:
+    from trinity.base.progress import progress
     from trinity.data.curate import curate
     from trinity.data.documents import num_documents
-    from trinity.data.progress import progress
 
     with progress("curate", num_documents(options.folder)) as advance:
         summary = curate(options.folder, options.out, advance)
@@ -147,8 +147,8 @@ def run_curate(options: argparse.Namespace) -> None:
 
 
 def run_tokenize(options: argparse.Namespace) -> None:
+    from trinity.base.progress import progress
     from trinity.data.documents import num_documents
-    from trinity.data.progress import progress
     from trinity.data.tokenise import tokenise
     from trinity.text.tokenizer import Tokenizer
 

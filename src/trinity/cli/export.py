@@ -108,11 +108,11 @@ def _write_packed(stored: "StoredModel", out: Path, dtype: str) -> None:
     from trinity.base.durable import folder_aside, write_json
     from trinity.base.errors import UsageError
     from trinity.base.lineage import LINEAGE
+    from trinity.base.progress import progress
     from trinity.base.units import show_bytes
     from trinity.ckpt.hf import published_config
     from trinity.ckpt.model_folder import write_companions
     from trinity.ckpt.weights import MARK
-    from trinity.data.progress import progress
     from trinity.engine.packed import packed_bytes, write_packed
     from trinity.engine.weights import kind_named
 

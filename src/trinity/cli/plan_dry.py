@@ -17,8 +17,8 @@ _PARTS = 1000  # of the whole, for progress
 
 def rehearsed(run: RunConfig, plan: dict[str, Any], rank: int) -> dict[str, Any]:
     """Walk a step of the longest stage of a plan (cli/plan_figures.py) as process `rank`; figures beside the plan's."""
+    from trinity.base.progress import progress
     from trinity.config.load import override
-    from trinity.data.progress import progress
     from trinity.train.dryrun import rehearse
 
     main = max(plan["stages"], key=lambda stage: stage["days"])["name"]

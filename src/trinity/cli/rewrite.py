@@ -35,8 +35,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def rewrite(options: argparse.Namespace) -> None:
     from itertools import islice
 
+    from trinity.base.progress import progress
     from trinity.data.documents import content_fingerprint, read_documents, read_rows
-    from trinity.data.progress import progress
     from trinity.data.rewrite.cache import AnswerCache
     from trinity.data.rewrite.endpoint import Endpoint
     from trinity.data.rewrite.prompts import style_named

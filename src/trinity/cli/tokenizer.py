@@ -26,9 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     from trinity.base.lineage import write_lineage
+    from trinity.base.progress import progress
     from trinity.base.units import parse_count
     from trinity.data.documents import content_fingerprint, data_folder, num_documents, read_documents
-    from trinity.data.progress import progress
     from trinity.text.train_bpe import train_bpe
 
     wanted = parse_count(options.vocab_size)

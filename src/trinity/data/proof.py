@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trinity.base.durable import altered_files, listed_files
-from trinity.data.progress import progress
 
 Seen = dict[str, list[int]]  # path -> what `_look` says of the file whose bytes were as promised
 
@@ -26,14 +25,11 @@ def altered_data(folders: Sequence[Path], seen: Seen, share: tuple[int, int] = (
     for folder in folders:
         looks = {name: _look(folder / name) for name in listed_files(folder)}
         known = {name for name, look in looks.items() if seen.get(str(folder / name)) == look}
-        waiting = sum(look[0] for name, look in looks.items() if name not in known) // share[1]
-        with progress(f"hashing {folder.name}", waiting) as advance:
 
-            def hashed(name: str, folder: Path = folder, looks: dict[str, list[int]] = looks) -> None:
-                advance(looks[name][0])
-                found[str(folder / name)] = looks[name]
+        def hashed(name: str, folder: Path = folder, looks: dict[str, list[int]] = looks) -> None:
+            found[str(folder / name)] = looks[name]
 
-            differences += [f"{folder}/{what}" for what in altered_files(folder, share, known, hashed)]
+        differences += [f"{folder}/{what}" for what in altered_files(folder, share, known, hashed)]
     return differences, found
 
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from trinity.base.errors import RequestError, UsageError, nearest
+from trinity.base.progress import progress
 from trinity.base.units import parse_bytes, show_bytes
 from trinity.ckpt.hf import FolderWeights
 from trinity.ckpt.opened import StoredModel, find_model, read_model
 from trinity.ckpt.weights import PackedWeights, keep_precision
 from trinity.config.engine import EngineLimits, KvChoice
 from trinity.config.model import ModelConfig
-from trinity.data.progress import progress
 from trinity.engine.device import DeviceRunner, device_named
 from trinity.engine.engine import Engine, end_tokens, run
 from trinity.engine.narrow import NarrowKind, check_float8, narrow_bytes, narrow_model, widest_layer_bytes

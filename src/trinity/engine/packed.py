@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trinity.base.errors import CheckpointError
+from trinity.base.progress import progress
 from trinity.ckpt.opened import StoredModel
 from trinity.ckpt.tensor_file import TensorFile, header_of
 from trinity.ckpt.weights import PACKED
@@ -64,22 +65,24 @@ def read_packed(file: TensorFile, config: ModelConfig, expert_bytes: int = 0) ->
         raise CheckpointError(f"{file.path} lacks the sums of its tensors.", AGAIN)
     record = record_bytes(config, kind)
     streamed = 0 < expert_bytes < _experts(places) * record
-    sums, tensors, of_experts, first = file.read(SUMS), {}, [], 0
-    for place in places:
-        count = _parts([place])
-        here, first = sums[first : first + count], first + count
-        if _holds_experts(place) and streamed:
-            of_experts.append(here)
-            continue
-        tensors[place.name] = file.read(place.name)
-        for part, wanted in zip(tensors[place.name] if count > 1 else [tensors[place.name]], here, strict=True):
-            if checksum(part) != int(wanted):
-                raise CheckpointError(f"{file.path}: the bytes of {place.name} have changed.", "Copy the file again.")
+    sums = dict(zip(places, file.read(SUMS).split([_parts([place]) for place in places]), strict=True))
+    left = [place for place in places if streamed and _holds_experts(place)]
+    read = [place for place in places if place not in left]
+    tensors: dict[str, Tensor] = {}
+    with progress(f"Reading {file.path.parent.name}", sum(place.bytes for place in read)) as advance:
+        for place in read:
+            tensors[place.name] = file.read(place.name)
+            for part, wanted in zip(tensors[place.name].chunk(len(sums[place])), sums[place].tolist(), strict=True):
+                if checksum(part) != wanted:
+                    changed = f"{file.path}: the bytes of {place.name} have changed."
+                    raise CheckpointError(changed, "Copy the file again.")
+                advance(part.nbytes)
     if not streamed:
         return DecoderWeights(config, kind, tensors)
-    starts = [file.tensors[place.name].start for place in places if _holds_experts(place)]
+    starts = [file.tensors[place.name].start for place in left]
+    of_experts = torch.cat([sums[place] for place in left])
     cache = torch.classes.trinity.ExpertCache(
-        str(file.path), starts, config.num_experts, record, expert_bytes // record, torch.cat(of_experts)
+        str(file.path), starts, config.num_experts, record, expert_bytes // record, of_experts
     )
     return DecoderWeights(config, kind, tensors, cache)
 

@@ -1,13 +1,15 @@
-"""Progress with time left for long passes over text, on stderr: a bar in a terminal, sparse lines elsewhere."""
+"""Progress with time left of whatever takes long, on stderr: a bar in a terminal, sparse lines elsewhere."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Timer
 
 from trinity.base.units import show_seconds
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BEFORE_BAR = 0.5  # what is done by then needs none
 
 
 @contextmanager
@@ -26,9 +28,17 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=max(total, 1))
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(label, total=max(total, 1))
+    shown = Timer(SECONDS_BEFORE_BAR, bar.start)
+    shown.daemon = True
+    shown.start()
+    try:
         yield lambda amount: bar.advance(task, amount)
+    finally:
+        shown.cancel()
+        shown.join()
+        bar.stop()
 
 
 def _lines(label: str, total: int) -> Callable[[int], None]:
