@@ -105,7 +105,9 @@ class Matcher:
         complaint = first_line(self._state.get_error())
         if complaint and not complaint.startswith("NoExtension"):
             what = f"The constraint became too complex for this answer: {complaint}."
-            return ConstraintError(what, "Simplify it: fewer alternatives, optional properties and repetitions.")
+            return ConstraintError(
+                what, "See that every rule can end, and use fewer alternatives, optional properties and repetitions."
+            )
         return ConstraintError(
             "The constraint allows no token at this place of the answer.",
             "Change it so that every beginning can be ended.",
