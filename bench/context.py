@@ -233,8 +233,9 @@ def ratios(whole: Readings, local: Readings) -> dict[str, float] | None:
 
 def serve_side(options: argparse.Namespace) -> None:
     """The process of transformers: a line of JSON for each length."""
-    asked = Asked(batches=(1,), prefill=tuple(options.lengths), prompt=128, tokens=options.written, repeats=1,
-                  threads=options.threads, awake=False, text=None, drafts=0, work=Path())  # fmt: skip
+    asked = Asked(batches=(1,), prefill=tuple(options.lengths), requests=0, prompt=128, tokens=options.written,
+                  repeats=1, device="cpu", threads=options.threads, awake=False, text=None, drafts=0,
+                  work=Path())  # fmt: skip
     side = Transformers(Side(engine="transformers", precision="float32", subject=subject_of(options)), asked)
     side.prefill(random_prompt(side.config, TRIED))  # finds the fastest way of experts for each kind of work
     side.decode(1)

@@ -29,18 +29,22 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from trinity.base.errors import TrinityError, UsageError
-from trinity.base.memory import free_bytes
 from trinity.bench.figures import PACKAGES, memory_needed
 from trinity.bench.subject import TEXT_ROW, Side, Subject
 from trinity.ckpt.opened import find_model
 from trinity.cli.bench import add_measures, measure
 from trinity.config.model import ModelConfig
+from trinity.engine.device import device_named
+from trinity.kernels.heap import available_bytes
 from trinity.plan.params import count_parameters
 from trinity.recipes.table import recipe
 
 ENGINES = ["trinity-float32", "trinity-bfloat16", "trinity-int8", "trinity-int4", "transformers-float32",
            "llama-float32", "llama-q8_0", "llama-q4_0"]  # fmt: skip
+ENGINES_OF_A_GPU = ["trinity-bfloat16", "trinity-float8", "trinity-int8", "trinity-int4", "transformers-bfloat16"]
 
 
 def subject_of(options: argparse.Namespace) -> Subject:
@@ -63,7 +67,8 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
 
 def sides_of(options: argparse.Namespace, subject: Subject) -> list[Side]:
     """Those asked for; else all that are installed, as long as they fit the memory together."""
-    asked = [name for name in ENGINES if any(name.startswith(begin) for begin in options.engine or [""])]
+    known = ENGINES if options.device == "cpu" else ENGINES_OF_A_GPU
+    asked = [name for name in known if any(name.startswith(begin) for begin in options.engine or [""])]
     sides: list[Side] = []
     for engine, precision in (name.split("-") for name in asked):
         added = [Side(engine=engine, precision=precision, subject=subject)]
@@ -71,14 +76,14 @@ def sides_of(options: argparse.Namespace, subject: Subject) -> list[Side]:
             twin = Subject(name=f"dense-{subject.name}", config=dense_twin(subject.config))
             added += [Side(engine=engine, precision=precision, subject=twin, label="dense")]
         here = all(find_spec(module) for module in PACKAGES.get(engine, []))
-        fits = memory_needed([*sides, *added]) < (free_bytes() or 2**62)
+        fits = memory_needed([*sides, *added]) < (available_bytes(torch.device(options.device)) or 2**62)
         if options.engine or (here and fits):
             sides += added
         else:
             why = "not enough memory" if here else "not installed"
             print(f"{engine}-{precision} is left out: {why}.", file=sys.stderr)
     if not sides:
-        raise UsageError(f"No engine is called '{' or '.join(options.engine)}'.", f"Known: {', '.join(ENGINES)}.")
+        raise UsageError(f"No engine is called '{' or '.join(options.engine)}'.", f"Known: {', '.join(known)}.")
     return sides
 
 
@@ -90,6 +95,7 @@ def main() -> None:
     add_measures(parser, repeats=5)
     options = parser.parse_args()
     try:
+        options.device = device_named(options.device).type
         measure(sides_of(options, subject_of(options)), options)
     except TrinityError as error:
         sys.exit(f"{parser.prog}: {error}")

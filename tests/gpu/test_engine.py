@@ -1,8 +1,12 @@
 """The engine on a GPU: logits as on a CPU, recordings that compute what their steps do, and its speed, printed."""
 
 import copy
+import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,3 +175,17 @@ def test_speed(batch, kind, capsys):
             middle = sorted(seconds)[len(seconds) // 2]
             speed = f"{batch / middle:,.0f} tokens a second on {torch.cuda.get_device_name()}"
             print(f"\n{kind}, {name}, batch {batch}: {speed}")
+
+
+@pytest.mark.parametrize("model", ["lab256"])
+def test_the_bench_beside_transformers(model, tmp_path, capsys):
+    """Shares of the bandwidth, and 64 requests beside transformers' continuous batching. Printed, not judged."""
+    script, out = Path(__file__).parents[2] / "bench" / "decode.py", tmp_path / "figures.json"
+    sizes = ["--batch", "1", "64", "--prefill", "4096", "--tokens", "64", "--repeats", "3", "--requests", "64"]
+    line = [sys.executable, str(script), model, "--device", "cuda", *sizes, "--json", str(out)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=540)
+    with capsys.disabled():
+        print(f"\n{done.stdout}{done.stderr}")
+    assert done.returncode == 0
+    found = json.loads(out.read_text())
+    assert found["device"] == "cuda" and {"trinity-bfloat16", "transformers-bfloat16"} <= set(found["engines"])

@@ -15,7 +15,7 @@ CEILINGS = {
     "audit": 1000,
     "balance": 280,
     "base": 980,
-    "bench": 800,
+    "bench": 850,
     "ckpt": 1720,
     "cli": 3050,
     "config": 900,

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from started import starting_trinity, trinity
-from trinity.bench.subject import DrawnWeights
+from trinity.base.errors import UsageError
+from trinity.bench.figures import check
+from trinity.bench.subject import Asked, DrawnWeights, Side, Subject
 from trinity.ckpt.hf import write_hf
 from trinity.cli.main import main
 from trinity.model.init import build_model
@@ -36,18 +38,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_table_and_the_figures(folder: Path, tmp_path: Path):
     text, out = tmp_path / "text.py", tmp_path / "figures.json"
     text.write_text(inspect.getsource(textwrap)[:3000])
-    sizes = ["--batch", "1", "2", "--prefill", "64", "--tokens", "2", "--repeats", "1", "--drafts", "3"]
+    sizes = [
+        "--batch",
+        "1",
+        "2",
+        "--prefill",
+        "64",
+        "--tokens",
+        "2",
+        "--repeats",
+        "1",
+        "--drafts",
+        "3",
+        "--requests",
+        "3",
+    ]
     done = trinity("bench", "decode", str(folder), *sizes, "--text", str(text), "--json", str(out))
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     head = next(line for line in done.stdout.splitlines() if "tokens/s" in line)
-    assert head.split("  ")[1:] and all(case in head for case in ("decode 1", "decode 2", "prefill 64", "peak memory"))
+    assert head.split("  ")[1:] and all(case in head for case in ("decode 1", "decode 2", "prefill 64", "requests 3"))
     assert "\n  trinity-float32  " in done.stdout and "\n  trinity-float32, repeats, 3 drafts " in done.stdout
     assert done.stderr.startswith("trinity alone is measured; ") and done.stderr.count("\n") == 1
     one = found["engines"].pop("trinity-float32")
     assert found["engines"] == found["left_out"] == {}
     speeds, count, width = one["tokens_per_second"], count_parameters(recipe("debug").model), 64
-    assert list(speeds) == ["decode 1", "decode 2", "prefill 64"]
+    assert list(speeds) == ["decode 1", "decode 2", "prefill 64", "requests 3"] and found["device"] == "cpu"
     assert one["peak_bytes"] > 0 < one["share_of_bandwidth_at_batch_1"]
     assert one["weight_bytes_per_token"] == 4 * (count.active + count.selection_bias + width)
     alone, drafted = list(one["drafts"].values())[:2]
@@ -117,6 +133,7 @@ def test_a_packed_folder_is_measured_as_it_is_packed(folder: Path, tmp_path: Pat
         (["--text", "nowhere.txt"], "nowhere.txt: No such file or directory."),
         (["--json", "nowhere/f.json"], "There is no folder for nowhere/f.json. Make it first, or name another"),
         (["--beside", "vllm"], "argument --beside: invalid choice: 'vllm'"),
+        (["--requests", "-1"], "argument --requests: '-1' is not a whole number above 0. Try"),
         (["--beside", "llama.cpp"], "llama cannot be measured: no llama_cpp here. Try: CXXFLAGS="),
     ],
 )
@@ -132,8 +149,26 @@ def test_what_cannot_be_measured_is_told_in_a_sentence(folder: Path, arguments: 
     assert code and not shown.out and len(lines) == 1 and told in lines[0], shown.err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_here_is_told(folder: Path, capsys):
+    assert main(["bench", "decode", str(folder), "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == (
+        "trinity bench: There is no GPU that torch can use. Choose device 'cpu' or 'auto'.\n"
+    )
+
+
+def test_llama_cpp_is_not_set_beside_a_gpu(folder: Path):
+    subject = Subject(name="little", config=recipe("debug").model, folder=folder)
+    side = Side(engine="llama", precision="float32", subject=subject)
+    asked = Asked(batches=(1,), prefill=(8,), requests=0, prompt=8, tokens=2, repeats=1, device="cuda", threads=1,
+                  awake=False, text=None, drafts=0, work=folder)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UsageError, match="llama.cpp is measured on a CPU"):
+        patch.setattr("trinity.bench.figures.PACKAGES", {"llama": []})
+        check([side], asked)
+
+
 def test_a_model_that_does_not_fit_is_not_loaded(folder: Path, monkeypatch, capsys):
-    monkeypatch.setattr("trinity.bench.figures.free_bytes", lambda: 2**20)
+    monkeypatch.setattr("trinity.bench.figures.available_bytes", lambda device: 2**20)
     assert main(["bench", "decode", str(folder), "--dtype", "float32", "int4"]) == 2
     error = capsys.readouterr().err
     assert "trinity-float32, trinity-int4 of little need 1.4 MiB of memory at once; 1.0 MiB are free." in error
@@ -189,11 +224,13 @@ def test_random_weights_are_the_same_however_they_are_asked_for():
 def test_engines_are_given_the_same_random_weights(tmp_path: Path, monkeypatch):
     out, text = tmp_path / "figures.json", tmp_path / "text.py"
     text.write_text(inspect.getsource(textwrap)[:3000])
-    engines = ["--engine", "trinity-float32", "--engine", "transformers-float32"]
+    engines = ["--engine", "trinity-float32", "--engine", "transformers-float32", "--requests", "5"]
     monkeypatch.setattr("sys.argv", ["decode.py", "debug", *engines, *LITTLE, "--text", str(text), "--json", str(out)])
     decode_script().main()
-    found = json.loads(out.read_text())["text"]["engines"]["transformers-float32"]
-    assert found["beside"] == "trinity-float32" and found["relative_error_of_logits"] < 1e-4
+    found = json.loads(out.read_text())
+    other = found["text"]["engines"]["transformers-float32"]
+    assert other["beside"] == "trinity-float32" and other["relative_error_of_logits"] < 1e-4
+    assert all("requests 5" in engine["tokens_per_second"] for engine in found["engines"].values())
 
 
 def decode_script():

@@ -2,6 +2,7 @@
 
 prefill(tokens)           reads one prompt from an empty cache, up to its last logits
 decode(batch) -> seconds  of a step that gives each of `batch` sequences its next token, greedily
+requests(them) -> seconds of answering all of them
 logits(tokens) -> [T, V]  at every place of a text
 
 The only file of the package that imports transformers and llama_cpp.
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trinity.bench.subject import Asked, Side, random_prompt
+from trinity.bench.subject import Asked, Requests, Side, random_prompt
 from trinity.ckpt.hf import published_config
 from trinity.config.engine import EngineLimits
 from trinity.engine.engine import Engine
@@ -33,8 +34,9 @@ class Trinity:
 
     def __init__(self, side: Side, asked: Asked) -> None:
         self.asked, self.config = asked, side.subject.config
-        self.model = side.subject.loaded(side.precision)
+        self.model = side.subject.loaded(side.precision, asked.device)
         self.model.end_ids = frozenset()  # an answer goes on for as long as it is timed
+        self.serving: Engine | None = None
 
     def prefill(self, tokens: list[int]) -> None:
         engine = self._engine([tokens], SamplingParams(max_new_tokens=1))
@@ -47,6 +49,16 @@ class Trinity:
         while any(not sequence.answer for sequence in engine.scheduler.active.values()) or engine.scheduler.waiting:
             _step(engine)
         return statistics.median(seconds_of(partial(_step, engine)) for _ in range(self.asked.tokens))
+
+    def requests(self, requests: Requests) -> float:
+        if self.serving is None:
+            self.serving = self._empty_engine(len(requests), self.asked.prompt + self.asked.tokens)
+        engine, started = self.serving, time.perf_counter()
+        for prompt, tokens in requests:
+            engine.submit(Request(prompt=tuple(prompt), sampling=SamplingParams(max_new_tokens=tokens)))
+        while engine.busy:
+            _step(engine)
+        return time.perf_counter() - started
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         return self.model.logits([tokens])[0].numpy()
@@ -74,12 +86,14 @@ class Trinity:
         }
 
     def _engine(self, prompts: list[list[int]], sampling: SamplingParams, drafts: int = 0) -> Engine:
-        pages = len(prompts) * (1 + pages_for(len(prompts[0]) + sampling.max_new_tokens + drafts))
-        room = pages * PAGE * max(1, kv_bytes_per_token(self.config))
-        engine = self.model.engine(EngineLimits(max_active=len(prompts), kv_bytes=room, draft_tokens=drafts))
+        engine = self._empty_engine(len(prompts), len(prompts[0]) + sampling.max_new_tokens + drafts, drafts)
         for prompt in prompts:
             engine.submit(Request(prompt=tuple(prompt), sampling=sampling))
         return engine
+
+    def _empty_engine(self, sequences: int, longest: int, drafts: int = 0) -> Engine:
+        room = sequences * (1 + pages_for(longest)) * PAGE * max(1, kv_bytes_per_token(self.config))
+        return self.model.engine(EngineLimits(max_active=sequences, kv_bytes=room, draft_tokens=drafts))
 
 
 def _step(engine: Engine) -> list[int]:
@@ -92,7 +106,8 @@ def _step(engine: Engine) -> list[int]:
 
 
 class Transformers:
-    """AfmoeForCausalLM over its own cache. Experts by the fastest of its ways, found anew for each kind of work."""
+    """AfmoeForCausalLM over its own cache, requests by its continuous batching. Experts by the fastest of its ways,
+    found anew for each kind of work."""
 
     WAYS = ("grouped_mm", "batched_mm", "eager")
 
@@ -100,23 +115,44 @@ class Transformers:
         from transformers import AfmoeConfig, AfmoeForCausalLM, DynamicCache
 
         config, weights = side.subject.config, side.subject.weights()
-        self.asked = asked
-        values = published_config(config, torch.float32, 5e-4)
+        self.asked, dtype = asked, getattr(torch, side.precision)
+        values = published_config(config, dtype, 5e-4)
         kept = {key: value for key, value in values.items() if key not in ("architectures", "dtype")}
         self.config, self.new_cache = config, lambda: DynamicCache(config=self.model.config)
         with torch.device("meta"):
             self.model = AfmoeForCausalLM(AfmoeConfig(**kept))
-        self.model = self.model.to_empty(device="cpu").eval().requires_grad_(False)
-        self.model.model.rotary_emb = type(self.model.model.rotary_emb)(self.model.config)  # its buffers are no weights
+        self.model = self.model.to(dtype).to_empty(device=asked.device).eval().requires_grad_(False)
+        rotary = type(self.model.model.rotary_emb)(self.model.config)  # its buffers are no weights
+        self.model.model.rotary_emb = rotary.to(asked.device)
         for name, tensor in self.model.state_dict().items():
             tensor.copy_(weights[name.removeprefix("model.")].reshape(tensor.shape))
         self.ways: dict[str, str] = {}
 
     def prefill(self, tokens: list[int]) -> None:
-        # What is fast with few tokens need not be with many.
-        tried = torch.tensor([random_prompt(self.config, min(TRIED, self.config.max_position_embeddings // 2))])
-        self._fastest("prefill", lambda: self.read(tried, self.new_cache()))
+        self._fastest_of_prompts()
         self.read(torch.tensor([tokens]), self.new_cache())
+
+    def requests(self, requests: Requests) -> float:
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        self._fastest_of_prompts()
+        greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+        room = ContinuousBatchingConfig(max_batch_tokens=EngineLimits().step_tokens)
+        if self.asked.device == "cpu":  # on a GPU it finds out itself what there is
+            room.num_blocks = 2 * len(requests) * -(-(self.asked.prompt + self.asked.tokens) // room.page_size)
+        begun = self.model.continuous_batching_context_manager(
+            greedy, timeout=5, continuous_batching_config=room, persistent_manager=True
+        )
+        with begun as batching:
+            started = time.perf_counter()
+            for prompt, tokens in requests:
+                batching.add_request(prompt, max_new_tokens=tokens)
+            waiting = len(requests)
+            while waiting:
+                result = batching.get_result(timeout=1)
+                assert batching.is_running(), "its batching has ended"
+                waiting -= result is not None and result.is_finished()
+            return time.perf_counter() - started
 
     def decode(self, batch: int) -> float:
         cache = self.new_cache()
@@ -132,12 +168,19 @@ class Transformers:
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> np.ndarray:
-        return self.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+        ids = torch.tensor([tokens], device=self.asked.device)
+        return self.model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
 
     @torch.inference_mode()
     def read(self, tokens: Tensor, cache: Any) -> Tensor:
+        tokens = tokens.to(self.asked.device)
         logits = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return logits.argmax(-1)
+        return logits.argmax(-1).cpu()  # where a sentence's end would be looked for
+
+    def _fastest_of_prompts(self) -> None:
+        """What is fast with few tokens need not be with many."""
+        tried = torch.tensor([random_prompt(self.config, min(TRIED, self.config.max_position_embeddings // 2))])
+        self._fastest("prefill", lambda: self.read(tried, self.new_cache()))
 
     def _fastest(self, kind: str, work: Callable[[], object]) -> None:
         """Take the way of experts that does `work` fastest, tried when a kind of work comes first."""
@@ -185,6 +228,19 @@ class Llama:
             newest = self.read(context, rows, list(range(batch))).argmax(1)
             took.append(time.perf_counter() - started)
         return statistics.median(took)
+
+    def requests(self, requests: Requests) -> float:
+        """The bindings have no scheduler: all prompts at once, then a token for each that is not answered yet."""
+        context, going, written = self._empty_context(len(requests)), list(range(len(requests))), 1
+        started = time.perf_counter()
+        rows = [(token, place, row) for row, (prompt, _) in enumerate(requests) for place, token in enumerate(prompt)]
+        ends = [n for n, one in enumerate(rows) if one[1] == len(requests[one[2]][0]) - 1]
+        newest = self.read(context, rows, ends).argmax(1)
+        while going := [row for row in going if requests[row][1] > written]:
+            rows = [(int(newest[row]), len(requests[row][0]) + written - 1, row) for row in going]
+            newest[going] = self.read(context, rows, list(range(len(rows)))).argmax(1)
+            written += 1
+        return time.perf_counter() - started
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         places = list(range(len(tokens)))

@@ -13,13 +13,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from trinity.base.errors import TrinityError, UsageError
-from trinity.base.memory import free_bytes
 from trinity.base.progress import progress
 from trinity.base.units import show_bytes
 from trinity.bench.engines import seconds_of
 from trinity.bench.subject import BITS, TEXT_ROW, TEXT_TOKENS, Asked, Side, random_prompt
 from trinity.bench.turns import Worker
 from trinity.ckpt.gguf import write_gguf
+from trinity.kernels.heap import available_bytes
 from trinity.plan.params import count_parameters
 
 BUFFER = 2**29  # bytes read to learn the bandwidth of memory: more than caches hold
@@ -63,7 +63,9 @@ def check(sides: list[Side], asked: Asked) -> None:
             if tokens > context:
                 what = f"--{option} asks for {tokens} tokens of context, answer included"
                 raise UsageError(f"{what}; {subject.name} has {context}.", f"Lower --{option}.")
-    free, needs = free_bytes(), memory_needed(sides)
+    if asked.device != "cpu" and any(side.engine == "llama" for side in sides):
+        raise UsageError("llama.cpp is measured on a CPU here.", "Give --device cpu, or leave it away.")
+    free, needs = available_bytes(torch.device(asked.device)), memory_needed(sides)
     if free is not None and needs > free:
         raise UsageError(
             f"{', '.join(side.name for side in sides)} of {sides[0].subject.name} need {show_bytes(needs)} of memory "
@@ -103,6 +105,7 @@ def _described(side: Side, asked: Asked) -> dict[str, Any]:
         "weights": "random, seeded" if subject.folder is None else str(subject.folder),
         "parameters": parameters.total,
         "parameters_of_a_token": parameters.active,
+        "device": asked.device,
         "threads": asked.threads,
         "threads_wait": "awake" if asked.awake else "asleep",
         "repeats": asked.repeats,
@@ -117,16 +120,18 @@ def in_turns(workers: list[Worker], asked: Asked) -> dict[str, Any]:
     jobs: list[tuple[str, tuple[Any, ...], Worker]]
     jobs = [(f"decode {size}", ("decode", size), worker) for size in asked.batches for worker in workers]
     jobs += [(f"prefill {size}", ("prefill", size), worker) for size in asked.prefill for worker in workers]
+    jobs += [(f"requests {asked.requests}", ("requests",), worker) for worker in workers if asked.requests]
     for name, given in (draft_prompts(workers[0].side, asked) if asked.drafts else {}).items():
         ours = [worker for worker in workers if worker.side.engine == "trinity"]
         jobs += [(f"{name}, {n} drafts", ("answer", *given, n), one) for one in ours for n in (0, asked.drafts)]
     made: dict[str, dict[str, list[Any]]] = {worker.side.name: {} for worker in workers}
     bandwidth = 0.0
     with progress("measuring", asked.repeats * len(jobs)) as advance:
-        for _ in range(asked.repeats):
-            bandwidth = max(bandwidth, memory_bandwidth(asked.threads))
+        for turn in range(asked.repeats):
+            bandwidth = max(bandwidth, memory_bandwidth(asked))
             for case, request, worker in jobs:
-                made[worker.side.name].setdefault(case, []).append(worker.ask(*request))
+                seed = (1 + turn,) if request[0] == "requests" else ()  # texts that no prefix cache has seen
+                made[worker.side.name].setdefault(case, []).append(worker.ask(*request, *seed))
                 advance(1)
     engines = {
         worker.side.name: _figures(worker, made[worker.side.name], bandwidth)
@@ -159,11 +164,15 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in shown.items()}
 
 
-def memory_bandwidth(threads: int) -> float:
-    """Bytes a second of reading one large buffer once, a part on each thread; the best of three."""
-    buffer = np.ones(min(BUFFER, (free_bytes() or BUFFER) // 4) // 8, dtype=np.int64)
-    parts = np.array_split(buffer, threads)
-    with ThreadPoolExecutor(threads) as pool:
+def memory_bandwidth(asked: Asked) -> float:
+    """Bytes a second of reading one large buffer once, on a CPU a part on each thread; the best of three."""
+    free = available_bytes(torch.device(asked.device)) or BUFFER
+    if asked.device != "cpu":
+        large = torch.ones(min(16 * BUFFER, free // 4) // 4, device=asked.device)
+        return large.nbytes / min(seconds_of(lambda: large.sum().item()) for _ in range(3))
+    buffer = np.ones(min(BUFFER, free // 4) // 8, dtype=np.int64)
+    parts = np.array_split(buffer, asked.threads)
+    with ThreadPoolExecutor(asked.threads) as pool:
         return buffer.nbytes / min(seconds_of(lambda: list(pool.map(np.add.reduce, parts))) for _ in range(3))
 
 
@@ -186,8 +195,8 @@ def text_figures(workers: list[Worker], asked: Asked) -> dict[str, Any]:
             made = {worker.side.name: worker.ask("logits", row) for worker in workers}
             logits = {name: values for name, values in made.items() if values is not None}
             for name, values in logits.items():
-                float32 = (f"{name.split('-')[0]}-float32", "trinity-float32")
-                beside = next((other for other in float32 if other in logits), None)
+                own = [] if name.endswith("-float32") else [f"{name.split('-')[0]}-float32"]
+                beside = next((other for other in (*own, "trinity-float32") if other in logits), None)
                 one = found.setdefault(name, {"beside": beside, "nats": [], "error": [], "same": []})
                 one["nats"] += [float(cross_entropy(torch.from_numpy(values[:-1]), torch.tensor(row[1:])))]
                 if beside is not None:

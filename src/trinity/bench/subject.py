@@ -14,13 +14,14 @@ from trinity.base.seeds import named_seed
 from trinity.ckpt.opened import StoredModel, find_model, read_model
 from trinity.config.model import ModelConfig
 from trinity.engine.loaded import LoadedModel, loaded
-from trinity.engine.weights import kind_named
+from trinity.engine.weights import dtype_named
 from trinity.model.init import build_on_meta, fill_initial
 from trinity.plan.params import count_parameters
 from trinity.text.tokenizer import Tokenizer
 from trinity.text.train_bpe import train_bpe
 
-BITS = {"float32": 32, "bfloat16": 16, "q8_0": 8.5, "q4_0": 4.5, "int8": 8.5, "int4": 4.5}  # a weight, scales included
+BITS = {"float32": 32, "bfloat16": 16, "float8": 8, "q8_0": 8.5, "q4_0": 4.5, "int8": 8.5, "int4": 4.5}  # and scales
+HEADS = {"int4": 8.5, "float8": 16}  # bits of the output's weights, where they are others: engine/weights.py, narrow.py
 TEXT_ROW, TEXT_TOKENS = 512, 4096  # of a text whose loss is taken: tokens of a stretch, and in all
 DRAWN = 2**24 - 3  # random values, a prime number of them: rows of matrices begin at ever other places
 
@@ -99,9 +100,9 @@ class Subject:
         return StoredModel(config=self.config, weights=DrawnWeights(self.config), tokenizer=self.tokenizer(),
                            name=self.name, **about)  # fmt: skip
 
-    def loaded(self, kind: str) -> LoadedModel:
+    def loaded(self, kind: str, device: str) -> LoadedModel:
         """In our engine."""
-        return loaded(self.stored(), kind_named(kind), "cpu")
+        return loaded(self.stored(), dtype_named(kind), device)
 
     def gguf(self, work: Path, precision: str) -> Path:
         """llama.cpp's file of these weights, which is not that of others of the same name."""
@@ -115,7 +116,7 @@ class Subject:
         count = count_parameters(self.config)
         exact, row = count.router + count.norms, self.config.hidden_size
         rest = count.active - exact - count.head + row
-        head = 8.5 if precision == "int4" else BITS[precision]  # engine/weights.py
+        head = HEADS.get(precision, BITS[precision])
         return 4 * (exact + count.selection_bias) + (BITS[precision] * rest + head * count.head) / 8
 
 
@@ -139,9 +140,11 @@ class Asked:
 
     batches: tuple[int, ...]
     prefill: tuple[int, ...]  # tokens of the prompts that are read
+    requests: int  # answered all together; 0: that is not measured
     prompt: int  # tokens before each decoding
     tokens: int  # decoded of each sequence
     repeats: int
+    device: str  # 'cpu' or 'cuda'
     threads: int
     awake: bool  # whether threads wait by spinning, also for the next step
     text: str | None  # whose loss is taken
@@ -152,6 +155,23 @@ class Asked:
     def longest(self) -> int:
         """Tokens of the longest text that llama.cpp is to hold."""
         return max(*self.prefill, self.prompt + self.tokens, TEXT_ROW)
+
+
+Requests = list[tuple[list[int], int]]  # prompts, and how many tokens answer each
+
+
+def random_requests(config: ModelConfig, asked: Asked, turn: int) -> Requests:
+    """Prompts and answers of half the tokens asked for to all of them, others in each turn."""
+    drawn = np.random.default_rng(turn)
+    prompts, answers = (
+        drawn.integers(max(1, most // 2), most, asked.requests, endpoint=True).tolist()
+        for most in (asked.prompt, asked.tokens)
+    )
+    first = turn * asked.requests
+    return [
+        (random_prompt(config, length, first + row), tokens)
+        for row, (length, tokens) in enumerate(zip(prompts, answers, strict=True))
+    ]
 
 
 def random_prompt(config: ModelConfig, length: int, row: int = 0) -> list[int]:

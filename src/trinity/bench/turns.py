@@ -18,7 +18,7 @@ import torch
 
 from trinity.base.errors import TrinityError, out_of_memory
 from trinity.bench.engines import ENGINES, seconds_of
-from trinity.bench.subject import Asked, Side, random_prompt
+from trinity.bench.subject import Asked, Side, random_prompt, random_requests
 
 PROCESSES = multiprocessing.get_context("spawn")
 
@@ -76,14 +76,20 @@ def _serve(pipe: Connection, side: Side, asked: Asked) -> None:
         engine.prefill(random_prompt(side.subject.config, asked.prompt))
         for batch in asked.batches:
             engine.decode(batch)
+        if asked.requests:
+            engine.requests(random_requests(side.subject.config, asked, 0))
         made = None
         while True:
-            pipe.send((None, made, {"peak_bytes": _peak_memory(), "experts_by": getattr(engine, "ways", None)}))
+            told = {"peak_bytes": _peak_memory(asked.device), "experts_by": getattr(engine, "ways", None)}
+            pipe.send((None, made, told))
             kind, given = pipe.recv()
             if kind == "prefill":
                 made = given[0] / seconds_of(partial(engine.prefill, random_prompt(side.subject.config, *given)))
             elif kind == "decode":
                 made = given[0] / engine.decode(*given)
+            elif kind == "requests":
+                requests = random_requests(side.subject.config, asked, *given)
+                made = sum(tokens for _, tokens in requests) / engine.requests(requests)
             else:
                 made = getattr(engine, kind)(*given)
     except EOFError:
@@ -95,8 +101,10 @@ def _serve(pipe: Connection, side: Side, asked: Asked) -> None:
         pipe.send((known or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", None, {}))
 
 
-def _peak_memory() -> int | None:
-    """Bytes this process has held at most; None where the system does not say."""
+def _peak_memory(device: str) -> int | None:
+    """Bytes this process has held at most, of a GPU where it is on one; None where the system does not say."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

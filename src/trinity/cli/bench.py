@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trinity.bench.subject import Side
 
-DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0", "int4": "q4_0"}  # ours, and llama.cpp's
+# Ours, and llama.cpp's nearest.
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0", "int4": "q4_0", "float8": "q8_0"}
 BESIDE = {"transformers": "transformers", "llama.cpp": "llama"}
 PREFILL, PROMPT = (512, 4096), 128
 
@@ -27,10 +28,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     decode = kinds.add_parser("decode", help="tokens a second of decoding and of reading prompts", description=__doc__,
                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     decode.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder or a run folder")
-    decode.add_argument("--dtype", nargs="+", choices=DTYPES, help="what weights are kept in (default: float32, of a "
-                        "packed folder what it has)")  # fmt: skip
+    decode.add_argument("--dtype", nargs="+", choices=DTYPES, help="what weights are kept in (default: float32, on a "
+                        "GPU bfloat16, of a packed folder what it has)")  # fmt: skip
     decode.add_argument("--beside", action="append", default=[], choices=BESIDE, help="another engine, on the same "
-                        "weights; transformers in float32, llama.cpp in what is nearest to each --dtype")  # fmt: skip
+                        "weights; transformers in float32 (on a GPU in bfloat16), llama.cpp in what is nearest to each "
+                        "--dtype")  # fmt: skip
     add_measures(decode, repeats=3)
     decode.set_defaults(action=bench_decode)
 
@@ -43,8 +45,11 @@ def add_measures(parser: argparse.ArgumentParser, repeats: int) -> None:
     )
     parser.add_argument("--prefill", nargs="+", help="tokens of prompts that are read (default: 512 4096, where the "
                         "context holds them)", **count)  # fmt: skip
+    parser.add_argument("--requests", default=0, help="also measure so many requests, of prompts and answers of half "
+                        "the length to all of it, answered together", **count)  # fmt: skip
     parser.add_argument("--tokens", default=32, help="decoded of each sequence; default %(default)s", **count)
     parser.add_argument("--repeats", default=repeats, help="default %(default)s", **count)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     parser.add_argument("--threads", help="default: as many as torch takes", **count)
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="also tell perplexity on it, and what fewer bits cost"
@@ -67,15 +72,18 @@ def bench_decode(options: argparse.Namespace) -> None:
     from trinity.bench.subject import Side, Subject
     from trinity.ckpt.opened import find_model
     from trinity.ckpt.weights import PackedWeights
+    from trinity.engine.device import device_named
     from trinity.engine.packed import kind_of
 
     found = find_model(options.model)
     subject = Subject(name=found.name, config=found.config, folder=found.folder)
-    own = kind_of(found.weights.file) if isinstance(found.weights, PackedWeights) else "float32"
-    dtypes = dict.fromkeys(options.dtype or [own])
+    packed = kind_of(found.weights.file) if isinstance(found.weights, PackedWeights) else None
+    options.device = device_named("cpu" if packed and options.device == "auto" else options.device).type
+    exact = "float32" if options.device == "cpu" else "bfloat16"
+    dtypes = dict.fromkeys(options.dtype or [packed or exact])
     engines = [("trinity", dtype) for dtype in dtypes]
     if "transformers" in options.beside:
-        engines += [("transformers", "float32")]
+        engines += [("transformers", exact)]
     if "llama.cpp" in options.beside:
         engines += [("llama", DTYPES[dtype]) for dtype in dtypes]
     if not options.beside:
@@ -109,8 +117,10 @@ def measure(sides: "list[Side]", options: argparse.Namespace) -> None:
             batches=tuple(options.batch),
             prefill=tuple(options.prefill or [n for n in PREFILL if n < context] or [context // 2]),
             prompt=min(PROMPT, context // 4),
+            requests=options.requests,
             tokens=options.tokens,
             repeats=options.repeats,
+            device=options.device,
             threads=options.threads or torch.get_num_threads(),
             # Asleep as in every command of trinity; but llama.cpp would decode a tenth of the tokens.
             awake=any(side.engine == "llama" for side in sides),

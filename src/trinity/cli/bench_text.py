@@ -17,8 +17,9 @@ DRAFTS = {
 def as_text(found: dict[str, Any]) -> str:
     head = (
         f"{found['model']}: {show_count(found['parameters'])} parameters, "
-        f"{show_count(found['parameters_of_a_token'])} of them for a token; {found['threads']} threads that wait "
-        f"{found['threads_wait']}; memory gives {found['memory_bandwidth_GB_s']} GB/s; medians of {found['repeats']}"
+        f"{show_count(found['parameters_of_a_token'])} of them for a token; {found['device']}, {found['threads']} "
+        f"threads that wait {found['threads_wait']}; memory gives {found['memory_bandwidth_GB_s']} GB/s; medians of "
+        f"{found['repeats']}"
     )
     shown = tables(found)
     blocks = [[head], *(aligned(table) for table in shown if table.rows)]
@@ -53,6 +54,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
         quality.append([name, f"{one['perplexity']:.2f}", *beside])
     cases = list(next(iter(engines.values()))["tokens_per_second"]) if engines else []
     meaning = "decode N: N sequences get a token at once; prefill N: a prompt of N tokens is read"
+    if any(case.startswith("requests") for case in cases):
+        meaning += "; requests N: N prompts come at once, tokens of all answers"
     header = [f"{text['tokens']} tokens of text", "perplexity", "error of logits", "same likeliest token", "beside"]
     answers = ["an answer to text that", "tokens/s", *(heading for heading, _ in DRAFTS.values())]
     return [
