@@ -8,6 +8,7 @@ import inspect
 import textwrap
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from random import Random
 
@@ -28,7 +29,7 @@ from trinity.config.engine import EngineLimits
 from trinity.config.model import ModelConfig
 from trinity.engine.device import DeviceRunner, by_row, device_named
 from trinity.engine.engine import Engine, run
-from trinity.engine.graphs import Replay, rounded_rows, rounded_width
+from trinity.engine.graphs import CudaGraphs, Replay, rounded_rows, rounded_width
 from trinity.engine.request import Request, SamplingParams, gather
 from trinity.engine.runner import CompiledRunner, Runner
 from trinity.engine.step import FEW, Rows
@@ -199,6 +200,35 @@ def test_recordings_go_with_their_pools():
     del pools
     gc.collect()
     assert gone() is None and not runner._repeated
+
+
+def test_memory_that_recordings_share_is_not_asked_for_again_once_all_have_gone(monkeypatch: pytest.MonkeyPatch):
+    """As torch's allocator has it: "use_count > 0 INTERNAL ASSERT FAILED" where no graph holds what it once made."""
+    users: dict[int, int] = {}
+
+    class Graph:
+        pass
+
+    @contextmanager
+    def capture(graph: Graph, pool: int, capture_error_mode: str) -> Iterator[None]:
+        assert users.get(pool) != 0, "no graph lives in that memory"
+        users[pool] = users.get(pool, 0) + 1
+        weakref.finalize(graph, lambda: users.update({pool: users[pool] - 1}))
+        yield
+
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: len(users) + 1)
+    monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
+    monkeypatch.setattr("torch.cuda.graph", capture)
+    monkeypatch.setattr("torch.cuda.device", lambda _: nullcontext())
+    record = CudaGraphs(torch.device("cuda", 0))
+    kept = [record(lambda: torch.ones(1)) for _ in range(2)]
+    assert users == {1: 2}  # they share it
+    del kept[0]
+    kept.append(record(lambda: torch.ones(1)))
+    assert users == {1: 2}  # the second still lives
+    kept.clear()
+    kept.append(record(lambda: torch.ones(1)))
+    assert users == {1: 0, 2: 1}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

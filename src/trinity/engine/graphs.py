@@ -8,6 +8,7 @@ as it is, which also has libraries made ready.
 """
 
 from collections.abc import Callable
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -58,16 +59,19 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.memory = torch.cuda.graph_pool_handle()
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, run: Replay) -> Replay:
+        if not self._graphs:  # torch takes no memory again that the last of its graphs has left
+            self._memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Of this thread alone: others may ask the GPU something meanwhile, as a server does for its memory.
         with (
             torch.cuda.device(self.device),
-            torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"),
         ):
             made = run()  # noted down, not computed
+        self._graphs.add(graph)
 
         def replay() -> Tensor:
             graph.replay()
