@@ -165,7 +165,7 @@ def test_a_recording_computes_what_its_step_does(dispatch):
     tapes, made = Tapes(), []
     for record in (anew, tapes):
         runner = DeviceRunner(model, record)
-        runner._waits = dispatch is by_row  # as a GPU whose grouped product waits
+        runner._by_row = dispatch is by_row  # as a GPU whose grouped product waits
         pools, places = pools_for(model.config, 3, 70)
         for text, place in zip(texts, places, strict=True):
             runner.forward([Rows(text[:50], 0, *place, 0)], pools)

@@ -283,8 +283,9 @@ def test_float8_is_refused_where_it_has_no_kernels(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_gpu_takes_the_models_own_code(kind: NarrowKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A device without memory stands for it."""
+    """A device without memory stands for it, and what torch.compile is asked to write runs as it is."""
     a_folder(tmp_path)
+    monkeypatch.setattr(narrow, "fused", lambda function: function)
     monkeypatch.setattr("trinity.engine.loaded.device_named", lambda _: torch.device("meta"))
     monkeypatch.setattr("trinity.engine.loaded.available_bytes", lambda _: 10**9)
     runner = load(tmp_path, dtype=kind).runner
@@ -293,3 +294,54 @@ def test_a_gpu_takes_the_models_own_code(kind: NarrowKind, tmp_path: Path, monke
     monkeypatch.setattr("trinity.engine.loaded.available_bytes", lambda _: 1000)
     with pytest.raises(UsageError, match=rf"The weights in {kind} take .*; 1000 B are free"):
         load(tmp_path, dtype=kind)
+
+
+def test_a_gpu_for_which_nothing_can_be_compiled_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In Triton's words, within those of torch.compile."""
+
+    def failing(*_: object) -> None:
+        said = "Failed to find C compiler. Specify it via CC.\n\nSet TORCHDYNAMO_VERBOSE=1"
+        raise RuntimeError(f"backend='inductor' raised:\nRuntimeError: {said}")
+
+    a_folder(tmp_path)
+    monkeypatch.setattr(narrow, "fused", lambda _: failing)
+    monkeypatch.setattr("trinity.engine.loaded.device_named", lambda _: torch.device("meta"))
+    monkeypatch.setattr("trinity.engine.loaded.available_bytes", lambda _: 10**9)
+    with pytest.raises(UsageError) as told:
+        load(tmp_path, dtype="int4")
+    assert str(told.value) == (
+        "torch.compile writes no kernels here, which fewer bits need: RuntimeError: Failed to find C compiler. Specify "
+        "it via CC. Install Triton and a C compiler such as gcc, or use --dtype bfloat16."
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed", "ignore:.torch.jit.script_method:DeprecationWarning")
+def test_what_torch_says_without_a_compiler_is_one_sentence():
+    with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)}), torch._inductor.utils.fresh_cache():
+        torch._dynamo.reset()
+        with pytest.raises(UsageError, match=r"need: InvalidCxxCompiler: .*/nowhere/g\+\+.*\. Install Triton and a C"):
+            narrow.check_kernels(CPU)
+    torch._dynamo.reset()
+    narrow.check_kernels(CPU)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_made_wide_is_counted(kind: NarrowKind):
+    """The experts of a layer, or the largest matrix: here the head."""
+    config = CONFIGS["debug"]
+    experts = 3 * config.num_experts * config.hidden_size * config.moe_intermediate_size
+    head = 10**4 * config.hidden_size
+    found = [narrow.widest_bytes(replace(config, vocab_size=size), kind) for size in (64, 10**4)]
+    assert found == ([0, 0] if kind == "float8" else [2 * experts, 2 * head]) and experts < head
+
+
+@pytest.mark.parametrize(("batch", "recorded"), [(16, 1), (17, 0)])
+@torch.inference_mode()
+def test_steps_that_make_experts_wide_are_not_recorded(batch: int, recorded: int):
+    tapes = Tapes()
+    runner = DeviceRunner(narrow_of(a_model(CONFIGS["debug"]), "int4"), tapes)
+    pools, places = pools_for(runner.config, batch, 2, "bfloat16")
+    for at in range(2):
+        runner.forward([Rows([5], at, *place) for place in places], pools)
+    assert tapes.recorded == recorded

@@ -25,7 +25,7 @@ from trinity.model.transformer import Transformer
 
 DEVICES = ("auto", "cpu", "cuda")
 MOST_ROWS = 256  # in a step that is repeated
-MOST_COPIED = 16  # the same where experts are copied out, or read as whole numbers, for each row
+MOST_COPIED = 16  # the same where each row's experts are copied out, or read as they are: a recording keeps its memory
 
 
 class DeviceRunner:
@@ -41,9 +41,9 @@ class DeviceRunner:
         self.expert_rows = torch.zeros(shape, dtype=torch.int64, device=self.device)
         on_gpu = self.device.type == "cuda"
         self._record = CudaGraphs(self.device) if record is None and on_gpu else record
-        self._waits = on_gpu and grouped_products_wait(model)
-        self._most = MOST_COPIED if self._waits else MOST_ROWS
-        self._narrow = any(isinstance(module, NarrowExperts) for module in model.modules())
+        narrow = any(isinstance(module, NarrowExperts) for module in model.modules())
+        self._by_row = narrow or (on_gpu and grouped_products_wait(model))
+        self._most = MOST_COPIED if self._by_row else MOST_ROWS
         self._repeated: WeakKeyDictionary[Pools, dict[tuple[int, int], Repeated]] = WeakKeyDictionary()
 
     def read(self, rows: list[Rows], pools: Pools) -> Output:
@@ -78,8 +78,7 @@ class DeviceRunner:
 
     def logits(self, step: Step, pools: Pools) -> Tensor:
         """[M, V] of all rows of a step without texts. Nothing here waits for the device or asks what is in a tensor."""
-        few = len(step.rows) <= MOST_COPIED
-        return self.model.head(self._read(step, pools, by_row if self._waits or (self._narrow and few) else locally))
+        return self.model.head(self._read(step, pools, by_row if self._by_row else locally))
 
     def _read(self, step: Step, pools: Pools, dispatch: Dispatch) -> Tensor:
         """The rows of a step, their keys and values put in pages, after the final norm: [M, D]."""

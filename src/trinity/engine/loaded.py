@@ -26,7 +26,7 @@ from trinity.config.engine import EngineLimits, KvChoice
 from trinity.config.model import ModelConfig
 from trinity.engine.device import DeviceRunner, device_named
 from trinity.engine.engine import Engine, end_tokens, run
-from trinity.engine.narrow import NarrowKind, check_float8, narrow_bytes, narrow_model, widest_layer_bytes
+from trinity.engine.narrow import NarrowKind, check_float8, check_kernels, narrow_bytes, narrow_model, widest_bytes
 from trinity.engine.packed import kind_of, packed_bytes, read_packed
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, constraint_of, gather
 from trinity.engine.runner import CompiledRunner, Runner, logits_of, runner_for
@@ -121,7 +121,8 @@ def _default(stored: StoredModel, where: torch.device) -> Dtype:
 def _narrow_on(where: torch.device, stored: StoredModel, kind: NarrowKind) -> Runner:
     """The model's own code with weights of fewer bits, which go to a GPU one by one."""
     whole = narrow_bytes(stored.config, kind)
-    _check_memory(kind, whole + widest_layer_bytes(stored.config, kind), where)
+    _check_memory(kind, whole + widest_bytes(stored.config, kind), where)
+    check_kernels(where)
     with progress(f"Rounding {stored.name} to {kind}", whole) as advance:
         return DeviceRunner(narrow_model(stored.config, stored.weights, kind, where, advance))
 

@@ -17,7 +17,6 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._triton import has_triton
 
 from trinity.base.errors import CheckpointError, UsageError
 from trinity.ckpt.weights import Weights, keep_precision
@@ -116,8 +115,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fuses(device: torch.device) -> bool:
-    """Whether torch can write kernels here: elsewhere twins of torch's operators do their work."""
-    return device.type == "cuda" and has_triton()
+    """Whether torch's kernels are written here: elsewhere twins of its operators do their work."""
+    return device.type == "cuda"
 
 
 def _wide(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -281,10 +280,11 @@ def narrow_bytes(config: ModelConfig, kind: NarrowKind) -> int:
     return sum(tensor.nbytes for tensor in _state(narrow_on_meta(config, kind)).values())
 
 
-def widest_layer_bytes(config: ModelConfig, kind: NarrowKind) -> int:
-    """What is made and dropped again where many rows meet the experts of a layer: these in bfloat16."""
-    experts = config.num_experts if config.num_sparse_layers and kind != "float8" else 0
-    return 2 * 3 * experts * config.hidden_size * config.moe_intermediate_size
+def widest_bytes(config: ModelConfig, kind: NarrowKind) -> int:
+    """What is made and dropped again where many rows meet a matrix, or the experts of a layer: these in bfloat16."""
+    modules = [module for _, module in _narrow(narrow_on_meta(config, kind))] if kind != "float8" else []
+    scales = [sum(b.numel() for b in module.buffers() if b.dtype == torch.float16) for module in modules]
+    return 2 * GROUP * max(scales, default=0)
 
 
 def _state(model: Transformer) -> dict[str, Tensor]:
@@ -339,6 +339,19 @@ def _parts(model: Transformer, weights: Weights, kind: NarrowKind) -> Iterator[t
     for name in model.state_dict():
         if name.rpartition(".")[0] not in narrow:
             yield (name, None), weights.tensor(name)
+
+
+def check_kernels(device: torch.device) -> None:
+    """UsageError where torch.compile can write no kernels for this device; a first step would tell it at length."""
+    numbers = torch.zeros(2, GROUP, dtype=torch.int8, device=device)
+    try:
+        fused(widened)(numbers, numbers[:, :1].half(), torch.bfloat16)
+    except RuntimeError as error:
+        reason = str(error).removeprefix("backend='inductor' raised:\n").partition("\n")[0].rstrip(".")
+        raise UsageError(
+            f"torch.compile writes no kernels here, which fewer bits need: {reason}.",
+            "Install Triton and a C compiler such as gcc, or use --dtype bfloat16.",
+        ) from error
 
 
 def check_float8(device: torch.device) -> None:
