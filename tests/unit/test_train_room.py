@@ -127,6 +127,14 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
     assert part == pytest.approx(whole / 4, rel=0.2)  # others on the machine allocate meanwhile
 
 
+def test_what_torch_keeps_of_freed_tensors_on_a_gpu_is_free(monkeypatch):
+    """The room of the engine before, say: the one that follows would have had half of it, and then half of that."""
+    gpu = {"free": 10, "kept": 50}
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: gpu.update(free=60, kept=0))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (gpu["free"], 80))
+    assert available_bytes(torch.device("cuda", 0)) == 60
+
+
 def test_limits_of_a_container_count(tmp_path):
     assert left_by_container(tmp_path) == []
     (tmp_path / "memory.max").write_text("5000\n")

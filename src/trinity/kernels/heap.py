@@ -27,9 +27,10 @@ def keep_freed_memory() -> None:
 def available_bytes(device: torch.device) -> int | None:
     """Free memory for one process: of its GPU, or its share of the machine's within the limits of its container.
 
-    None where the system does not say.
+    None where the system does not say. What torch keeps of freed tensors on a GPU is given back first: it is free, too.
     """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     free = free_bytes()
     return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
