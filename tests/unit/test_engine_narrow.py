@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 from trinity.base.errors import CheckpointError, UsageError
 from trinity.ckpt.hf import write_hf
 from trinity.ckpt.weights import HeldWeights
-from trinity.engine import narrow
+from trinity.config.engine import EngineLimits
+from trinity.engine import limits, narrow
 from trinity.engine.device import DeviceRunner
 from trinity.engine.loaded import load
 from trinity.engine.narrow import Float8Experts, Float8Linear, NarrowExperts, NarrowKind, NarrowLinear
+from trinity.engine.pages import PAGE, kv_bytes_per_token, ring_bytes
 from trinity.engine.step import Rows
 from trinity.engine.weights import packed, unpacked
 from trinity.kernels.compiled import is_loaded
@@ -327,13 +329,21 @@ def test_what_torch_says_without_a_compiler_is_one_sentence():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_made_wide_is_counted(kind: NarrowKind):
+def test_room_is_left_for_what_is_made_wide(kind: NarrowKind, monkeypatch: pytest.MonkeyPatch):
     """The experts of a layer, or the largest matrix: here the head."""
     config = CONFIGS["debug"]
-    experts = 3 * config.num_experts * config.hidden_size * config.moe_intermediate_size
-    head = 10**4 * config.hidden_size
-    found = [narrow.widest_bytes(replace(config, vocab_size=size), kind) for size in (64, 10**4)]
-    assert found == ([0, 0] if kind == "float8" else [2 * experts, 2 * head]) and experts < head
+    experts = 2 * 3 * config.num_experts * config.hidden_size * config.moe_intermediate_size
+    head, ring = 2 * 10**4 * config.hidden_size, ring_bytes(config, 64, "bfloat16")
+    asked, page = (
+        EngineLimits(max_active=1, step_tokens=64, window_bytes=0),
+        PAGE * kv_bytes_per_token(config, "bfloat16"),
+    )
+    for size, wide in ((64, experts), (10**4, head)):
+        model = narrow_of(a_model(replace(config, vocab_size=size)), kind)
+        assert narrow.widest_bytes(model) == (0 if kind == "float8" else wide) and experts < head
+        free = narrow.widest_bytes(model) + ring + 4 * page  # half of four pages may be taken
+        monkeypatch.setattr(limits, "available_bytes", lambda _, free=free: free)
+        assert len(limits.pools_for(DeviceRunner(model), asked).paged.uses) == 2
 
 
 @pytest.mark.parametrize(("batch", "recorded"), [(16, 1), (17, 0)])

@@ -14,7 +14,7 @@ from torch import Tensor
 from trinity.base.errors import UsageError
 from trinity.config.engine import KvDtype
 from trinity.engine.graphs import CudaGraphs, Record, Repeated, rounded_rows, rounded_width
-from trinity.engine.narrow import NarrowExperts
+from trinity.engine.narrow import NarrowExperts, widest_bytes
 from trinity.engine.pages import Pools
 from trinity.engine.past import Past
 from trinity.engine.step import Output, Rows, Step, filled_step, step_of
@@ -41,6 +41,7 @@ class DeviceRunner:
         self.expert_rows = torch.zeros(shape, dtype=torch.int64, device=self.device)
         on_gpu = self.device.type == "cuda"
         self._record = CudaGraphs(self.device) if record is None and on_gpu else record
+        self.step_bytes = widest_bytes(model)
         narrow = any(isinstance(module, NarrowExperts) for module in model.modules())
         self._by_row = narrow or (on_gpu and grouped_products_wait(model))
         self._most = MOST_COPIED if self._by_row else MOST_ROWS

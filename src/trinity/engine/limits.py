@@ -13,12 +13,13 @@ SHARE = 0.5  # of the memory that is free, which pages may take where nobody say
 def pools_for(runner: Runner, limits: EngineLimits) -> Pools:
     """Room for keys and values as the limits have it. UsageError where it would not hold even one page a request.
 
-    Pages, rings and windows are taken little by little; the sum of them all must be free now.
+    Pages, rings and windows are taken little by little; the sum of them all must be free now, beside what a step needs.
     """
     config, kv_dtype = runner.config, kv_dtype_of(runner, limits.kv_dtype)
     page = PAGE * max(1, kv_bytes_per_token(config, kv_dtype))
     rings = limits.max_active * ring_bytes(config, limits.step_tokens, kv_dtype)
     wanted, free = limits.max_active * pages_for(config.max_position_embeddings), available_bytes(runner.device)
+    free = free if free is None else max(0, free - runner.step_bytes)
     before = rings + limits.window_bytes
     if free is not None and before > free:
         raise UsageError(

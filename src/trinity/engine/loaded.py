@@ -24,9 +24,9 @@ from trinity.ckpt.opened import StoredModel, find_model, read_model
 from trinity.ckpt.weights import PackedWeights, keep_precision
 from trinity.config.engine import EngineLimits, KvChoice
 from trinity.config.model import ModelConfig
+from trinity.engine import narrow
 from trinity.engine.device import DeviceRunner, device_named
 from trinity.engine.engine import Engine, end_tokens, run
-from trinity.engine.narrow import NarrowKind, check_float8, check_kernels, narrow_bytes, narrow_model, widest_bytes
 from trinity.engine.packed import kind_of, packed_bytes, read_packed
 from trinity.engine.request import Generation, Piece, Request, SamplingParams, constraint_of, gather
 from trinity.engine.runner import CompiledRunner, Runner, logits_of, runner_for
@@ -92,10 +92,10 @@ def _runner(stored: StoredModel, dtype: Dtype | None, device: str, expert_bytes:
     if packed is not None and where.type != "cpu":
         raise UsageError("A packed folder is for CPUs alone.", "Use --device cpu, or the model it is of.")
     if kind == "float8":
-        check_float8(where)
+        narrow.check_float8(where)
         return _narrow_on(where, stored, kind)
     if kind in NARROW and where.type != "cpu":
-        return _narrow_on(where, stored, cast(NarrowKind, kind))
+        return _narrow_on(where, stored, cast(narrow.NarrowKind, kind))
     if (packed is not None or kind in NARROW) and not is_loaded():
         what = "A packed folder" if packed is not None else kind
         raise UsageError(f"{what} needs the compiled kernels.", "Install g++, or use the model in bfloat16.")
@@ -118,13 +118,13 @@ def _default(stored: StoredModel, where: torch.device) -> Dtype:
     return "bfloat16" if where.type != "cpu" or (kept and is_loaded()) else "float32"
 
 
-def _narrow_on(where: torch.device, stored: StoredModel, kind: NarrowKind) -> Runner:
+def _narrow_on(where: torch.device, stored: StoredModel, kind: narrow.NarrowKind) -> Runner:
     """The model's own code with weights of fewer bits, which go to a GPU one by one."""
-    whole = narrow_bytes(stored.config, kind)
-    _check_memory(kind, whole + widest_bytes(stored.config, kind), where)
-    check_kernels(where)
+    whole = narrow.narrow_bytes(stored.config, kind)
+    _check_memory(kind, whole + narrow.widest_bytes(narrow.narrow_on_meta(stored.config, kind)), where)
+    narrow.check_kernels(where)
     with progress(f"Rounding {stored.name} to {kind}", whole) as advance:
-        return DeviceRunner(narrow_model(stored.config, stored.weights, kind, where, advance))
+        return DeviceRunner(narrow.narrow_model(stored.config, stored.weights, kind, where, advance))
 
 
 def _plain_bytes(config: ModelConfig, kind: Kind) -> int:

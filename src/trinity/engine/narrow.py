@@ -280,10 +280,9 @@ def narrow_bytes(config: ModelConfig, kind: NarrowKind) -> int:
     return sum(tensor.nbytes for tensor in _state(narrow_on_meta(config, kind)).values())
 
 
-def widest_bytes(config: ModelConfig, kind: NarrowKind) -> int:
+def widest_bytes(model: Transformer) -> int:
     """What is made and dropped again where many rows meet a matrix, or the experts of a layer: these in bfloat16."""
-    modules = [module for _, module in _narrow(narrow_on_meta(config, kind))] if kind != "float8" else []
-    scales = [sum(b.numel() for b in module.buffers() if b.dtype == torch.float16) for module in modules]
+    scales = [sum(b.numel() for b in module.buffers() if b.dtype == torch.float16) for _, module in _narrow(model)]
     return 2 * GROUP * max(scales, default=0)
 
 

@@ -27,6 +27,7 @@ class Runner(Protocol):
     device: torch.device
     kv_dtype: KvDtype  # of keys and values, where nobody says
     weight_bytes: int  # always in memory
+    step_bytes: int  # that a step needs beside them for weights alone
     expert_rows: Tensor  # [sparse layers, E] int64, rows that each expert was given so far
 
     def read(self, rows: list[Rows], pools: Pools) -> Output: ...
@@ -48,7 +49,7 @@ class CompiledRunner:
         self.config = config
         self.device = torch.device("cpu")
         self.kv_dtype: KvDtype = "float32" if weights.kind == "float32" else "bfloat16"
-        self.weight_bytes = weights.bytes
+        self.weight_bytes, self.step_bytes = weights.bytes, 0
         self.expert_rows = torch.zeros(config.num_sparse_layers, config.num_experts, dtype=torch.int64)
         self._decoder, self._cache = weights.decoder(), weights.cache
 
