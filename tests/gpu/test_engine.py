@@ -94,6 +94,14 @@ def test_recordings_compute_what_their_steps_do(dtype):
     torch.testing.assert_close(recorded, anew, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.05)
 
 
+@torch.inference_mode()
+def test_recordings_follow_others_that_have_all_gone():
+    """As from one answer to the next: torch asserts that memory which graphs share is in use."""
+    runner, texts = DeviceRunner(a_model(CONFIG, torch.bfloat16)), texts_of(CONFIG, 2)
+    first, second = (read(runner, texts, 60) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("window", [None, 1, 48, 4096])
 @pytest.mark.parametrize("asking", [1, 9, 256])
 def test_the_kernel_has_the_last_query_beside_the_last_key(window, asking):

@@ -128,6 +128,19 @@ def test_tensors_that_do_not_fit_are_named(whole: Path):
         rewrite(whole, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_weights_that_others_made_narrow_are_refused(whole: Path, dtype: torch.dtype):
+    """Their values alone, without the scales that somebody else's reader knows of, are another model."""
+    rewrite(whole, UP, **{UP: torch.ones(16, 32).to(dtype)})
+    refused(whole, f"{UP} is in {str(dtype).removeprefix('torch.')}. Take the model in bfloat16.")
+
+
+def test_a_tensor_that_two_files_hold_is_refused(whole: Path):
+    other = next(path for path in sorted(whole.glob("model-*")) if path != shard_of(whole, UP))
+    save_file(load_file(other) | {UP: load_file(shard_of(whole, UP))[UP] + 1}, other)
+    refused(whole, f"unexpected tensor {UP}")
+
+
 def test_a_shard_that_is_cut_off_or_missing_is_named(whole: Path):
     shard = shard_of(whole, UP)
     content = shard.read_bytes()

@@ -27,6 +27,7 @@ from trinity.model.transformer import Transformer
 
 SHARD_BYTES = 5 * 10**9
 DEFAULT_BALANCE_COEFF = 5e-4  # SMEBU's lambda of Trinity Large
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # narrower ones have scales of their own
 INDEX = "model.safetensors.index.json"
 _SHARED_KEYS = [name for name in ModelConfig.__dataclass_fields__ if name != "mup_enabled"]
 _FIXED = {
@@ -138,8 +139,11 @@ class FolderWeights:
         self._where: dict[str, TensorFile] = {}
         for file in map(TensorFile, shard_files(folder)):
             for name, stored in file.tensors.items():
+                if stored.dtype not in _DTYPES:
+                    kind = str(stored.dtype).removeprefix("torch.")
+                    raise CheckpointError(f"{file.path}: {name} is in {kind}.", "Take the model in bfloat16.")
                 slot = slot_of(name, wanted)
-                if slot is None:
+                if slot is None or name in self._where:  # a second one, which might differ from the first
                     raise CheckpointError(
                         f"{file.path}: unexpected tensor {name}.", "config.json and the weights do not belong together."
                     )

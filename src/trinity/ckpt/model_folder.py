@@ -7,16 +7,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from trinity.base.durable import write_durably, write_json
 from trinity.base.errors import CheckpointError
-from trinity.ckpt.hf import DEFAULT_BALANCE_COEFF, read_published_config, shard_files, write_hf
-from trinity.ckpt.names import published_tensors
+from trinity.ckpt.hf import DEFAULT_BALANCE_COEFF, FolderWeights, read_published_config, shard_files, write_hf
 from trinity.ckpt.tensor_file import TensorFile
 from trinity.ckpt.weights import PACKED, PackedWeights
 from trinity.config.model import ModelConfig
-from trinity.model.init import build_on_meta
 from trinity.model.transformer import Transformer
 from trinity.text.chat import jinja_template
 from trinity.text.tokenizer import Tokenizer
@@ -77,25 +74,7 @@ def check_folder(folder: Path) -> ModelConfig:
     config = read_published_config(folder)
     if (folder / PACKED).is_file():
         PackedWeights(TensorFile(folder / PACKED)).refuse()
-    wanted = {name: tensor.shape for name, tensor in published_tensors(build_on_meta(config).state_dict())}
-    for shard in shard_files(folder):
-        try:
-            with safe_open(shard, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    shape = torch.Size(file.get_slice(name).get_shape())
-                    if wanted.pop(name, None) != shape:
-                        raise CheckpointError(
-                            f"{shard}: {name} with shape {list(shape)} is not part of this architecture.",
-                            "config.json and the weights do not belong together.",
-                        )
-        except (SafetensorError, FileNotFoundError) as error:
-            raise CheckpointError(
-                f"{shard} is missing, cut off or altered: {error}.", "Copy the file again."
-            ) from error
-    if wanted:
-        raise CheckpointError(
-            f"{folder} lacks {len(wanted)} tensors, among them {next(iter(wanted))}.", "Copy it again."
-        )
+    FolderWeights(folder, config)
     matching_tokenizer(folder, config)
     return config
 
