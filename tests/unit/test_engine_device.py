@@ -287,5 +287,17 @@ def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]):
         device_named("gpu")
     assert main(["generate", "nowhere", "--prompt", "a", "--device", "cuda"]) != 0
     assert capsys.readouterr().err.strip().splitlines() == [
-        "trinity generate: There is no GPU that torch can use. Choose device 'cpu' or 'auto'."
+        "trinity generate: There is no GPU of compute capability 8 or more that torch can use. "
+        "Choose device 'cpu' or 'auto'."
     ]
+
+
+@pytest.mark.parametrize(("capability", "taken"), [((7, 5), "cpu"), ((8, 0), "cuda"), ((12, 0), "cuda")])
+def test_a_gpu_without_the_attention_for_prompts_is_not_taken(capability, taken, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    assert device_named("auto").type == taken and device_named("cpu").type == "cpu"
+    if taken == "cpu":
+        with pytest.raises(UsageError, match="no GPU of compute capability 8 or more"):
+            device_named("cuda")

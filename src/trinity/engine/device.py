@@ -111,10 +111,12 @@ def grouped_products_wait(model: Transformer) -> bool:
 
 
 def device_named(name: str) -> torch.device:
-    """'auto' is the GPU where there is one. UsageError where one is asked for and there is none."""
+    """'auto' is the GPU where there is one that torch's attention for prompts takes. UsageError where one is asked for
+    and there is none."""
     if name not in DEVICES:
         raise UsageError(f"device '{name}' is not offered.", f"Choose one of {', '.join(DEVICES)}.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("There is no GPU that torch can use.", "Choose device 'cpu' or 'auto'.")
-    there = name != "cpu" and torch.cuda.is_available()
+    there = name != "cpu" and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    if name == "cuda" and not there:
+        what = "There is no GPU of compute capability 8 or more that torch can use."
+        raise UsageError(what, "Choose device 'cpu' or 'auto'.")
     return torch.device("cuda", torch.cuda.current_device()) if there else torch.device("cpu")
