@@ -60,7 +60,7 @@ def texts_of(config: ModelConfig, count: int, length: int = LENGTH) -> list[list
 def read(runner: DeviceRunner, texts: list[list[int]], prompt: int) -> Tensor:
     """Logits [T, B, V] on the CPU of texts that are read together: a prompt at once, then token by token."""
     length = len(texts[0])
-    pools = Pools(runner.config, len(texts) * pages_for(length), len(texts), prompt, runner.device)
+    pools = Pools(runner.config, len(texts) * pages_for(length), len(texts), prompt, runner.device, runner.kv_dtype)
     places = [(pools.paged.take(pages_for(length)), pools.take_ring() or []) for _ in texts]
     made = runner.forward([Rows(t[:prompt], 0, *p, prompt) for t, p in zip(texts, places, strict=True)], pools)
     steps = [made.unflatten(0, (len(texts), prompt)).transpose(0, 1).cpu()]
@@ -171,7 +171,7 @@ def test_speed(batch, kind, capsys):
     texts = texts_of(config, batch, 256)
     for name, runner in (("recorded", DeviceRunner(model)), ("anew", DeviceRunner(model, lambda work: work))):
         read(runner, texts, 128)
-        pools = Pools(config, batch * 4, batch, 128, GPU)
+        pools = Pools(config, batch * 4, batch, 128, GPU, runner.kv_dtype)
         places = [(pools.paged.take(4), pools.take_ring() or []) for _ in texts]
         seconds = []
         for at in range(128, 192):

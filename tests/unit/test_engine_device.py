@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import pytest
@@ -207,7 +208,8 @@ def test_memory_that_recordings_share_is_not_asked_for_again_once_all_have_gone(
     users: dict[int, int] = {}
 
     class Graph:
-        pass
+        def replay(self) -> None:
+            """Nothing: what it makes was made when it was noted down."""
 
     @contextmanager
     def capture(graph: Graph, pool: int, capture_error_mode: str) -> Iterator[None]:
@@ -221,14 +223,16 @@ def test_memory_that_recordings_share_is_not_asked_for_again_once_all_have_gone(
     monkeypatch.setattr("torch.cuda.graph", capture)
     monkeypatch.setattr("torch.cuda.device", lambda _: nullcontext())
     record = CudaGraphs(torch.device("cuda", 0))
-    kept = [record(lambda: torch.ones(1)) for _ in range(2)]
+    kept = [record(partial(torch.ones, 5)) for _ in range(2)]
     assert users == {1: 2}  # they share it
     del kept[0]
-    kept.append(record(lambda: torch.ones(1)))
+    kept.append(record(partial(torch.ones, 7)))
     assert users == {1: 2}  # the second still lives
+    one, other = (repeat() for repeat in kept)
+    assert len(one) == 5 and len(other) == 7 and one.data_ptr() == other.data_ptr() and one.sum() == 5
     kept.clear()
-    kept.append(record(lambda: torch.ones(1)))
-    assert users == {1: 0, 2: 1}
+    kept.append(record(partial(torch.ones, 5)))
+    assert users == {1: 0, 2: 1} and kept[0]().data_ptr() != one.data_ptr()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

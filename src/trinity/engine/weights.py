@@ -9,7 +9,7 @@ what gate and up are made of, then down. `unpacked` is the twin: the values that
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -30,17 +30,14 @@ _BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
 def dtype_named(name: str) -> Dtype:
-    for dtype in get_args(Dtype):
-        if dtype == name:
-            return dtype
-    raise UsageError(f"dtype '{name}' is not offered.", f"Choose one of {', '.join(get_args(Dtype))}.")
+    if name not in get_args(Dtype):
+        raise UsageError(f"dtype '{name}' is not offered.", f"Choose one of {', '.join(get_args(Dtype))}.")
+    return cast(Dtype, name)
 
 
 def kind_named(name: str) -> Kind:
-    for kind in KINDS:
-        if kind == name:
-            return kind
-    raise UsageError(f"dtype '{name}' is not offered.", f"Choose one of {', '.join(KINDS)}.")
+    assert name in KINDS, f"{name} was to be refused before"
+    return name
 
 
 def fitted(kind: Kind, depth: int) -> Kind:
