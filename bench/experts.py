@@ -34,7 +34,7 @@ from trinity.config.engine import EngineLimits
 from trinity.engine.loaded import load
 from trinity.engine.packed import packed_bytes, write_packed
 from trinity.engine.request import Request, SamplingParams
-from trinity.engine.weights import kind_named
+from trinity.engine.weights import KINDS, kind_named
 from trinity.recipes.table import recipe
 from trinity.text.train_bpe import train_bpe
 
@@ -98,7 +98,7 @@ def measured(folder: Path, budget: int, tokens: int, step: int) -> dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="mini")
-    parser.add_argument("--dtype", default="int4")
+    parser.add_argument("--dtype", default="int4", choices=KINDS)
     parser.add_argument("--budgets", nargs="+", default=["2G", "4G", "6G"], help="bytes; 0 holds all experts")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--step-tokens", type=int, default=512)
