@@ -203,6 +203,16 @@ def test_recordings_go_with_their_pools():
     assert gone() is None and not runner._repeated
 
 
+@torch.inference_mode()
+def test_of_many_shapes_those_are_kept_that_came_last(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("trinity.engine.device.MOST_SHAPES", 2)
+    runner = DeviceRunner(a_model(CONFIGS["debug"]), lambda work: work)
+    pools, [*places] = pools_for(runner.config, 3, 9)
+    for count in (1, 2, 1, 3):
+        runner.forward([Rows([5], 0, *place) for place in places[:count]], pools)
+    assert list(runner._repeated[pools]) == [(1, 1), (3, 1)]
+
+
 def test_memory_that_recordings_share_is_not_asked_for_again_once_all_have_gone(monkeypatch: pytest.MonkeyPatch):
     """As torch's allocator has it: "use_count > 0 INTERNAL ASSERT FAILED" where no graph holds what it once made."""
     users: dict[int, int] = {}

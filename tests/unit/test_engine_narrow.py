@@ -294,7 +294,7 @@ def test_a_gpu_takes_the_models_own_code(kind: NarrowKind, tmp_path: Path, monke
     assert isinstance(runner, DeviceRunner) and isinstance(runner.model.layers[0].self_attn.q_proj, NarrowLinear)
     assert runner.kv_dtype == "bfloat16" and runner.weight_bytes == narrow.narrow_bytes(runner.config, kind)
     monkeypatch.setattr("trinity.engine.loaded.available_bytes", lambda _: 1000)
-    with pytest.raises(UsageError, match=rf"The weights in {kind} take .*; 1000 B are free"):
+    with pytest.raises(UsageError, match=rf"{kind} takes .* for weights and a step; 1000 B are free"):
         load(tmp_path, dtype=kind)
 
 

@@ -324,12 +324,14 @@ def test_what_cannot_be_had_is_said(models: Path, monkeypatch):
             load(arguments[0], arguments[1], expert_bytes=arguments[2])
     monkeypatch.setattr(loaded, "available_bytes", lambda _: 100_000)
     for model in ("whole", "float32"):
-        with pytest.raises(UsageError, match=r"The weights in float32 take .* MiB; 97\.7 KiB are free on the cpu"):
+        with pytest.raises(
+            UsageError, match=r"float32 takes .* MiB for weights and a step; 97\.7 KiB are free on the cpu"
+        ):
             load(models / model)
     with pytest.raises(UsageError, match="leave experts on the disk with --expert-bytes: .* are needed at least"):
         load(models / "float32")
     monkeypatch.setattr(loaded, "is_loaded", lambda: False)
-    with pytest.raises(UsageError, match=r"The weights in bfloat16 take .* KiB; 97\.7 KiB are free"):
+    with pytest.raises(UsageError, match=r"bfloat16 takes .* KiB for weights and a step; 97\.7 KiB are free"):
         load(models / "whole", "bfloat16")
     with pytest.raises(UsageError, match="A packed folder needs the compiled kernels"):
         load(models / "int4")

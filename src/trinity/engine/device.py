@@ -25,6 +25,7 @@ from trinity.model.transformer import Transformer
 
 DEVICES = ("auto", "cpu", "cuda")
 MOST_ROWS = 256  # in a step that is repeated
+MOST_SHAPES = 128  # of steps that are kept: each recording takes some of the GPU's memory
 MOST_COPIED = 16  # the same where each row's experts are copied out, or read as they are: a recording keeps its memory
 
 
@@ -73,9 +74,11 @@ class DeviceRunner:
         width = rounded_width(max(one.blocks for one in rows))
         step = filled_step(rows, size, width)
         shapes = self._repeated.setdefault(pools, {})
-        if (size, width) not in shapes:
-            shapes[size, width] = Repeated(step.to(self.device), self.logits, record)
-        return shapes[size, width](step, pools)
+        repeated = shapes.pop((size, width), None) or Repeated(step.to(self.device), self.logits, record)
+        shapes[size, width] = repeated  # behind all that were not used since
+        if len(shapes) > MOST_SHAPES:
+            del shapes[next(iter(shapes))]
+        return repeated(step, pools)
 
     def logits(self, step: Step, pools: Pools) -> Tensor:
         """[M, V] of all rows of a step without texts. Nothing here waits for the device or asks what is in a tensor."""

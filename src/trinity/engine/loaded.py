@@ -154,9 +154,10 @@ def _check_memory(kind: Dtype, needed: int, where: torch.device, otherwise: str 
     """UsageError where weights would not fit: better now than when the system ends the process."""
     free = available_bytes(where)
     if free is not None and needed > free:
+        there = f"{show_bytes(free)} are free on the {where.type}"
         raise UsageError(
-            f"The weights in {kind} take {show_bytes(needed)}; {show_bytes(free)} are free on the {where.type}.",
-            f"Free memory, choose fewer bits{otherwise}.",
+            f"{kind} takes {show_bytes(needed)} for weights and a step; {there}.",
+            f"Free memory{'' if kind == 'int4' else ', choose fewer bits'}{otherwise}.",
         )
 
 
