@@ -404,7 +404,8 @@ class PagedAttention {
       next = std::min(high, (first / kPagesAtOnce + 1) * kPagesAtOnce);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         if (tiles >= kTilesToFetch) {
-          for (int64_t block = next; block < std::min(high, next + kPagesAtOnce); ++block) fetch_part(page_of(block), Attention::Numbers::page_bytes(size_), tile, tiles);
+          for (int64_t block = next; block < std::min(high, next + kPagesAtOnce); ++block)
+            fetch_part(page_of(block), Attention::Numbers::page_bytes(size_), tile, tiles);
         }
         const int64_t i = tile * kTileQueries, here = std::min(kTileQueries, queries - i);
         const int64_t position = task.position + i / group, newest = task.position + (i + here - 1) / group;
