@@ -17,7 +17,7 @@ CEILINGS = {
     "base": 980,
     "bench": 850,
     "ckpt": 1720,
-    "cli": 3050,
+    "cli": 3130,
     "config": 900,
     "data": 3130,
     "engine": 3080,

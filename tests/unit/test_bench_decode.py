@@ -130,11 +130,12 @@ def test_a_packed_folder_is_measured_as_it_is_packed(folder: Path, tmp_path: Pat
         (["--batch", "0"], "argument --batch: '0' is not a whole number above 0. Try"),
         (["--prefill", "512"], "--prefill asks for 513 tokens of context, answer included; little has 512. Lower"),
         (["--tokens", "400"], "--tokens asks for 530 tokens of context, answer included; little has 512. Lower"),
+        (["--text", "/bin/true"], "/bin/true is no text in UTF-8. Name a text file."),
         (["--text", "nowhere.txt"], "nowhere.txt: No such file or directory."),
         (["--json", "nowhere/f.json"], "There is no folder for nowhere/f.json. Make it first, or name another"),
         (["--beside", "vllm"], "argument --beside: invalid choice: 'vllm'"),
         (["--requests", "-1"], "argument --requests: '-1' is not a whole number above 0. Try"),
-        (["--beside", "llama.cpp"], "llama cannot be measured: no llama_cpp here. Try: CXXFLAGS="),
+        (["--beside", "llama.cpp"], "llama.cpp cannot be measured: no llama_cpp here. Try: CXXFLAGS="),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_a_sentence(folder: Path, arguments: list[str], told: str, capsys):

@@ -90,7 +90,7 @@ def test_an_unforeseen_failure_is_one_line_and_a_traceback_when_asked_for(monkey
             1,
             "trinity plan: Memory ran out: 4000000 bytes could not be allocated. Ask for less",
         ),
-        (KeyboardInterrupt(), 130, "\ntrinity plan: interrupted. "),
+        (KeyboardInterrupt(), 130, "\ntrinity plan: interrupted.\n"),
     ],
 )
 def test_foreseen_failures_are_one_line(monkeypatch, capsys, error, code, told):

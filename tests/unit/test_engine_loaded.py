@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -180,7 +181,12 @@ def test_generate_command_holds_an_answer_to_a_form(folder: Path, tmp_path: Path
     assert main([*asked, "--regex", "[a-c]{3}"]) == 0
     assert re.fullmatch("[a-c]{3}\n", capsys.readouterr().out)
     assert main([*asked, "--grammar", str(grammar)]) == 0
-    assert capsys.readouterr().out in ("yes\n", "no\n")
+    assert capsys.readouterr() in (("yes\n", ""), ("no\n", ""))
+    for how in ("--stream", "--no-stream"):
+        assert main([*asked, "--regex", "[a-c]{400}", how]) == 0
+        shown = capsys.readouterr()
+        assert re.fullmatch("[a-c]{40,399}\n", shown.out)
+        assert shown.err.startswith("The answer was cut off at 40 tokens, before its form was whole. Give it more")
     for wrong, said in (
         (
             ["--grammar", str(tmp_path / "nowhere")],
@@ -203,6 +209,11 @@ def test_generate_command(folder: Path, capsys: pytest.CaptureFixture[str], monk
     assert shown("--prompt", "def wrap", "--stream") == plain
     monkeypatch.setattr("sys.stdin.read", lambda: "def wrap", raising=False)
     result = json.loads(shown("--prompt", "-", "--json"))
+    for wrong in ("a\udcff", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")):
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdin.read", Mock(side_effect=[wrong]), raising=False)
+            assert main(["generate", str(folder), "--prompt", "-"]) == 2
+        assert "Standard input is no text in UTF-8. Give --prompt - a text." in capsys.readouterr().err
     assert result["text"] + "\n" == plain
     assert len(result["token_ids"]) == len(result["logprobs"])
     warm = (

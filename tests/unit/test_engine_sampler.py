@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -124,12 +125,33 @@ def test_logprobs_are_those_of_the_model() -> None:
         {"stop": ("",)},
         {"stop": "text"},
         {"logprobs": 21},
+        {"logprobs": True},
+        {"prompt_logprobs": "all"},
+        {"max_new_tokens": None},
+        {"max_new_tokens": True},
+        {"top_k": 2.0},
+        {"temperature": "hot"},
+        {"temperature": None},
+        {"top_p": None},
+        {"seed": 0.5},
+        {"stop": None},
+        {"stop": [1]},
+        {"stop_token_ids": 3},
+        {"stop_token_ids": [-1]},
+        {"logit_bias": [1]},
+        {"logit_bias": {"a": 1.0}},
+        {"logit_bias": {3: None}},
     ],
 )
 def test_values_out_of_range_are_refused_by_name(values: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(values)).split("_")[0]) as caught:
         SamplingParams(**values)
-    assert caught.value.remedy
+    assert caught.value.remedy and "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    asked = SamplingParams(max_new_tokens=np.int64(3), temperature=np.float32(0.5), logit_bias={np.int64(2): 1})
+    assert asked.max_new_tokens == 3 and asked.temperature == 0.5
 
 
 def test_what_more_than_the_likeliest_asks_for():

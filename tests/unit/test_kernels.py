@@ -339,8 +339,9 @@ cp {compiled._built()} "$goal"
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"CXX": "/bin/false"}, "The CPU kernels are not used"),
-        ({"CXX": "/nowhere/g++"}, "The CPU kernels are not used"),
+        ({"CXX": "/bin/false"}, "Install g++ to have them built."),
+        ({"CXX": "/nowhere/g++"}, "Install g++ to have them built."),
+        ({"XDG_CACHE_HOME": "/proc/nothing"}, "Make that a place to write in, or name another as XDG_CACHE_HOME."),
         ({"TRINITY_KERNELS": "off"}, ""),
     ],
 )
@@ -348,3 +349,4 @@ def test_without_a_compiler_torch_does_the_work(tmp_path, environment, said):
     out, error = run_apart(tmp_path, **environment).communicate(timeout=120)
     assert out.strip() == "True"
     assert error.count("The CPU kernels are not used") == bool(said) and "Traceback" not in error
+    assert error.strip().endswith(said)

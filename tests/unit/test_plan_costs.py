@@ -13,7 +13,7 @@ from trinity.base.errors import UsageError
 from trinity.cli import plan as plan_command
 from trinity.cli.main import main
 from trinity.cli.plan_figures import figures
-from trinity.config.load import override
+from trinity.config.load import override, to_dict
 from trinity.config.phases import ExtensionConfig, PhaseConfig
 from trinity.plan.assumptions import Assumptions
 from trinity.plan.cost import Cost, members_in_server, roofline, run_cost
@@ -290,6 +290,9 @@ def test_the_guide_shows_what_the_command_prints(capsys: pytest.CaptureFixture[s
 
 def test_the_commands_of_the_guide_and_of_the_help_work(capsys: pytest.CaptureFixture[str], tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "chat").mkdir(parents=True)
+    shape = {"config": to_dict(recipe("demo"))}
+    (tmp_path / "models" / "chat" / "config.json").write_text(json.dumps(shape))
     told = f"{GUIDE.read_text()}\n{plan_command.__doc__}"
     lines = {line.strip().removeprefix("$ ") for line in told.splitlines()}
     commands = sorted(line for line in lines if line.startswith("trinity plan") and "--dry-run" not in line)

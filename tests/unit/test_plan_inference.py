@@ -1,5 +1,6 @@
 """What the planner says of inference is what the engine holds, and what the guide prints."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 import torch
 
 from trinity.base.units import show_bytes
+from trinity.ckpt.hf import published_config
+from trinity.cli.main import main
+from trinity.config.load import to_dict
 from trinity.engine.pages import KV_DTYPES, Pools, pages_for
 from trinity.engine.weights import Kind, layout
 from trinity.plan.inference import KINDS, STEP, cache_bytes, read_bytes, weight_bytes
@@ -67,3 +71,53 @@ def rows_of_the_guide() -> list[str]:
 def test_the_guide_prints_what_the_code_says():
     missing = [row for row in rows_of_the_guide() if row not in GUIDE.read_text().splitlines()]
     assert not missing, "the guide should say:\n" + "\n".join(missing)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """The config.json of a published model and of a run: nothing else is needed."""
+    for name, values in (
+        ("model", published_config(recipe("nano").model, torch.bfloat16, 0.0)),
+        ("run", {"config": to_dict(recipe("nano"))}),
+        ("other", {"neither": 1}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(values))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["model", "run"])
+def test_a_model_is_planned_by_its_shape(folders: Path, name: str, capsys):
+    assert main(["plan", str(folders / name), "--context", "4096", "70000"]) == 0
+    shown = capsys.readouterr().out
+    assert "6.12B parameters" in shown and "  70,000  " in shown and "131,072" not in shown
+    assert main(["plan", str(folders / name), "--context", "4096", "70000", "--json"]) == 0
+    found, model = json.loads(capsys.readouterr().out), recipe("nano").model
+    assert found["request_bytes"]["float32"]["70000"] == cache_bytes(model, 70000, "float32")
+    for kind in KINDS:
+        beside = "float32" if kind == "float32" else "bfloat16"
+        assert found["inference"][kind]["read_bytes_per_token"]["70000"] == read_bytes(model, 70000, kind, beside)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["other"], "other is not a model. Name a Hugging Face folder or a run folder."),
+        (["model", "--cluster", "8xH100"], "--cluster is for training, and"),
+        (["model", "--context", "0"], "--context takes lengths in tokens, above 0. Such as"),
+        (["model", "--context", "4k"], "argument --context: invalid int value: '4k'"),
+        (["model", "--contexts", "4"], "Did you mean '--context'?"),
+    ],
+)
+def test_what_cannot_be_planned_of_a_model_is_told(folders: Path, asked: list[str], told: str, capsys):
+    try:
+        code = main(["plan", str(folders / asked[0]), *asked[1:]])
+    except SystemExit as ended:
+        code = ended.code
+    shown = capsys.readouterr()
+    assert code and not shown.out and told in shown.err and shown.err.count("\n") == 1
+
+
+def test_a_recipe_is_planned_at_the_contexts_asked_for(capsys):
+    assert main(["plan", "demo", "--context", "333", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["request_bytes"]["bfloat16"]) == ["333"]

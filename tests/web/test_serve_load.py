@@ -180,9 +180,10 @@ def test_the_command_stops_in_order_on_a_signal(model_folder: Path, sent: signal
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
-        first, blank, curl = (process.stdout.readline() for _ in range(3))
+        first, holds, blank, curl = (process.stdout.readline() for _ in range(4))
         found = re.fullmatch(r"Serving little at (http://127\.0\.0\.1:\d+/v1)\n", first)
         assert found, first
+        assert "of weights; keys and values in float32 for " in holds and ", 8 requests at a time" in holds
         assert (blank, curl) == ("\n", f"curl {found[1]}/chat/completions \\\n")
         body = {"model": "little", "stream": True} | LONG
         with httpx.stream("POST", f"{found[1]}/completions", json=body, timeout=30) as response:

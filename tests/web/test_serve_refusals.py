@@ -20,7 +20,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"].endswith(".")
+    assert error["message"].endswith((".", "?"))
     return error
 
 
@@ -73,6 +73,19 @@ def test_a_bad_field_is_named(running, field: str, value: Any) -> None:
     assert field in (error["param"] or error["message"])
     assert error["type"] == "invalid_request_error"
     assert "secret" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"max_token": 3}, "Did you mean 'max_tokens'?"),
+        ({"guided_json": {}}, "Use 'structured_outputs'."),
+        ({"tools": [{}]}, "Leave it out."),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "is a text or a list of text parts."),
+    ],
+)
+def test_a_refusal_says_what_to_send(running, wrong: dict[str, Any], told: str) -> None:
+    assert error_of(post(running, GOOD | wrong), 400)["message"].endswith(told)
 
 
 @pytest.mark.parametrize(

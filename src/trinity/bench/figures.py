@@ -25,6 +25,7 @@ from trinity.plan.params import count_parameters
 BUFFER = 2**29  # bytes read to learn the bandwidth of memory: more than caches hold
 PASSAGE, ANSWER = 256, 128  # tokens of a text that drafts are looked up in, and of the answer
 PACKAGES = {"transformers": ["transformers"], "llama": ["llama_cpp", "gguf"]}
+NAMES = {"transformers": "transformers", "llama": "llama.cpp"}
 REMEDIES = {
     "transformers": "Try: pip install transformers",
     "llama": "Try: CXXFLAGS='-fno-dse -fno-tree-dse' pip install llama-cpp-python gguf",
@@ -56,7 +57,9 @@ def check(sides: list[Side], asked: Asked) -> None:
     """UsageError where that cannot be measured: a package that is not here, a short context, too little memory."""
     for engine in {side.engine for side in sides} - {"trinity"}:
         if missing := [module for module in PACKAGES[engine] if find_spec(module) is None]:
-            raise UsageError(f"{engine} cannot be measured: no {' and no '.join(missing)} here.", REMEDIES[engine])
+            raise UsageError(
+                f"{NAMES[engine]} cannot be measured: no {' and no '.join(missing)} here.", REMEDIES[engine]
+            )
     for subject in {side.subject.name: side.subject for side in sides}.values():
         context = subject.config.max_position_embeddings
         for option, tokens in (("prefill", max(asked.prefill) + 1), ("tokens", asked.prompt + asked.tokens + 2)):

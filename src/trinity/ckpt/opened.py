@@ -19,6 +19,7 @@ from trinity.ckpt.tensor_file import TensorFile
 from trinity.ckpt.weights import MARK, PACKED, CheckpointWeights, PackedWeights, Weights, model_of
 from trinity.config.load import from_dict
 from trinity.config.model import ModelConfig
+from trinity.config.run import RunConfig
 from trinity.model.transformer import Transformer
 from trinity.text.tokenizer import FILE, Tokenizer
 
@@ -119,6 +120,16 @@ def find_model(path: Path | str, warn: Callable[[str], None] = to_stderr) -> Sto
         lineage=_json_or_empty(path / "lineage.json"),
         load_balance_coeff=_json_or_empty(path / CONFIG).get("load_balance_coeff", DEFAULT_BALANCE_COEFF),
     )
+
+
+def shape_of(folder: Path) -> ModelConfig:
+    """Of a model folder or a run, from its config.json alone."""
+    values = _json_or_empty(folder / CONFIG)
+    if "model_type" in values:
+        return read_published_config(folder)
+    if not isinstance(values.get("config"), dict):
+        raise CheckpointError(f"{folder} is not a model.", "Name a Hugging Face folder or a run folder.")
+    return from_dict(RunConfig, values["config"]).model
 
 
 def _check_promises(folder: Path) -> None:

@@ -106,7 +106,10 @@ def measure(sides: "list[Side]", options: argparse.Namespace) -> None:
     from trinity.bench.subject import Asked
     from trinity.cli.bench_text import as_text
 
-    text = options.text.read_text(errors="replace") if options.text else None
+    try:
+        text = options.text.read_text() if options.text else None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{options.text} is no text in UTF-8.", "Name a text file.") from error
     if text is not None and len(text) < 2:
         raise UsageError(f"{options.text} holds no text.", "Name a file with some pages of text.")
     if options.json and not options.json.absolute().parent.is_dir():

@@ -114,15 +114,36 @@ def generate(options: argparse.Namespace) -> None:
 
     sampling = sampling_of(options) | _form_of(options)
     sampling_from(sampling)  # refuses bad values before the model is loaded
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = _standard_input() if options.prompt == "-" else options.prompt
     model = loaded(options)
     stream = sys.stdout.isatty() if options.stream is None else options.stream
     if options.json:
         print(json.dumps(asdict(model.generate(prompt, **sampling)), ensure_ascii=False))
     elif stream:
+        reason = None
         for piece in model.stream(model.prompt(prompt), sampling_from(sampling)):
             print(piece.text, end="", flush=True)
+            reason = piece.finish_reason
         print()
+        _tell_cut(reason, options)
     else:
-        print(model.generate(prompt, **sampling).text)
+        answer = model.generate(prompt, **sampling)
+        print(answer.text)
+        _tell_cut(answer.finish_reason, options)
     tell_reads(model)
+
+
+def _standard_input() -> str:
+    try:
+        text = sys.stdin.read()
+        text.encode()  # in some locales what is no text comes through as halves of surrogate pairs
+    except UnicodeError as error:
+        raise UsageError("Standard input is no text in UTF-8.", "Give --prompt - a text.") from error
+    return text
+
+
+def _tell_cut(reason: str | None, options: argparse.Namespace) -> None:
+    """Of an answer that was to have a form: that it has it only as far as it goes."""
+    if reason == "length" and (options.json_schema or options.grammar or options.regex is not None):
+        told = f"The answer was cut off at {options.max_new_tokens} tokens, before its form was whole."
+        print(f"{told} Give it more with --max-new-tokens.", file=sys.stderr)

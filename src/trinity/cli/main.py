@@ -8,8 +8,10 @@ starts failed processes again, what would fail again is not tried again (base/la
 import argparse
 import importlib
 import os
+import re
 import socket
 import sys
+from difflib import get_close_matches
 from typing import NoReturn
 
 from trinity.base import launch
@@ -35,6 +37,8 @@ COMMANDS = {
     "report": ("trinity.cli.report", "one self-contained page about one or more runs"),
 }
 
+GO_ON = ("demo", "data", "train")  # where an end left them
+
 HELP = """usage: trinity COMMAND ...
 
 Own a frontier-style sparse language model, from raw text to a served token.
@@ -49,7 +53,11 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line with a remedy."""
 
     def error(self, message: str) -> NoReturn:
-        complaint = f"{self.prog}: {message}. Try '{self.prog} --help'."
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        known = [option for action in self._actions for option in action.option_strings]
+        close = get_close_matches(unknown[1], known, n=1) if unknown else []
+        remedy = f"Did you mean '{close[0]}'?" if close else f"Try '{self.prog} --help'."
+        complaint = f"{self.prog}: {message}. {remedy}"
         launch.note_end(complaint)
         self.exit(2, f"{complaint}\n")
 
@@ -111,7 +119,8 @@ def run_command(name: str, arguments: list[str]) -> int:
             launch.note_end(f"trinity {name}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"\ntrinity {name}: interrupted. What was saved stays; the same command again goes on.", file=sys.stderr)
+        goes_on = " What was saved stays; the same command again goes on." if name in GO_ON else ""
+        print(f"\ntrinity {name}: interrupted.{goes_on}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         raise

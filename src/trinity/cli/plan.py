@@ -10,19 +10,24 @@ Example:
   trinity plan large --compare all --page plan.html --plot plan.png
   trinity plan mini --set model.num_experts_per_tok=4 --json
   trinity plan large --dry-run
+  trinity plan models/chat --context 4096 32768
 """
 
 import argparse
 import sys
 from typing import Any
 
+OF_TRAINING = ("cluster", "tokens", "price", "efficiency", "assume", "set", "compare", "plot", "page", "dry_run")
 FIXED = ("replicate", "shard", "context", "expert", "remat", "precision")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="debug, demo, lab256, nano, mini, large or a .toml file")
+    parser.add_argument("recipe", metavar="RECIPE", help="debug, demo, lab256, nano, mini, large or a .toml file; of a "
+                        "model folder or a run, what answers would take")  # fmt: skip
     parser.add_argument("--cluster", metavar="NxKIND", help="such as 2048xB300, 8xH100, 1xCPU")
     parser.add_argument("--tokens", metavar="N", help="tokens to train on, such as 17T (default: the recipe's)")
+    parser.add_argument("--context", type=int, nargs="+", default=(), metavar="N", help="lengths of text that memory "
+                        "and reads are told for (default: some up to the model's own)")  # fmt: skip
     parser.add_argument("--price", metavar="DOLLARS", help="dollars for a device and hour")
     parser.add_argument("--efficiency", metavar="SHARE", help="model FLOP/s of a step over the dense peak, such as 0.3")
     parser.add_argument("--assume", action="append", default=[], metavar="A=B", help="change a figure of the device or "
@@ -50,6 +55,11 @@ def plan(options: argparse.Namespace) -> None:
     for path, kind in ((options.plot, ".png"), (options.page, ".html")):
         if path and Path(path).suffix.lower() != kind:
             raise UsageError(f"'{path}' would hold a {kind[1:].upper()} file.", f"Give it a name that ends in {kind}.")
+    if any(length < 1 for length in options.context):
+        raise UsageError("--context takes lengths in tokens, above 0.", "Such as --context 4096 32768.")
+    if Path(options.recipe).is_dir():
+        plan_of_model(options)
+        return
     found = planned(options)
     if options.plot or options.page:
         from trinity.cli.plan_page import save_plan_page, save_plan_picture
@@ -63,6 +73,32 @@ def plan(options: argparse.Namespace) -> None:
         from trinity.cli.plan_dry import dry_text
 
         print(f"\n{dry_text(found['dry_run'])}")
+
+
+def plan_of_model(options: argparse.Namespace) -> None:
+    """What answers of a model take that is there already: its training needs no plan."""
+    import json
+    from pathlib import Path
+
+    from trinity.base.errors import UsageError
+    from trinity.base.units import show_count
+    from trinity.ckpt.opened import shape_of
+    from trinity.cli.plan_figures import model_figures
+    from trinity.cli.plan_tables import inference_table
+    from trinity.cli.plan_text import aligned
+
+    given = [name for name in OF_TRAINING if getattr(options, name)]
+    if given:
+        raise UsageError(
+            f"--{given[0].replace('_', '-')} is for training, and {options.recipe} is a model.", "Name a recipe for it."
+        )
+    found = model_figures(shape_of(Path(options.recipe)), options.context)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    total, active = (show_count(found["parameters"][name]) for name in ("total", "active"))
+    print(f"{options.recipe}: {total} parameters, {active} of them for a token\n")
+    print("\n".join(aligned(inference_table(found))))
 
 
 def planned(options: argparse.Namespace) -> dict[str, Any]:
@@ -80,8 +116,9 @@ def planned(options: argparse.Namespace) -> dict[str, Any]:
     devices, assumptions = assumed(list(DEVICES.values()), changes)
     cluster = parse_cluster(options.cluster) if options.cluster else None
     found = figures(
-        run, cluster and (cluster.device.name, cluster.size), devices, assumptions, fixed_by(options.set, run)
-    )
+        run, cluster and (cluster.device.name, cluster.size), devices, assumptions, fixed_by(options.set, run),
+        options.context,
+    )  # fmt: skip
     if options.compare is not None:
         peers = compared_with(options.compare)
         found["compare"] = comparison([as_peer(run.name, run.model), *peers], devices, assumptions)

@@ -3,10 +3,12 @@
 Units are in the names or are tokens, parameters, bytes, seconds and dollars.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
 from trinity.base.errors import UsageError
+from trinity.config.model import ModelConfig
 from trinity.config.run import RunConfig
 from trinity.plan.assumptions import REASONS, Assumptions
 from trinity.plan.cost import DAY, Cost, members_in_server, run_cost, transfer_seconds
@@ -15,7 +17,7 @@ from trinity.plan.experts import expert_load
 from trinity.plan.fit import Fit, best_fit, smallest_cluster
 from trinity.plan.flops import attention_flops, forward_flops, model_flops, newton_schulz_flops
 from trinity.plan.hardware import Cluster, Device
-from trinity.plan.inference import KINDS, VALUE_BYTES, cache_bytes, read_bytes, weight_bytes
+from trinity.plan.inference import KINDS, VALUE_BYTES, cache_bytes, read_bytes, values_of, weight_bytes
 from trinity.plan.memory import kv_bytes, training_state_bytes
 from trinity.plan.params import count_parameters
 from trinity.plan.peers import Peer
@@ -34,6 +36,7 @@ def figures(
     devices: dict[str, Device],
     assumptions: Assumptions,
     fixed: dict[str, object],
+    contexts: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The plan of a run on the cluster asked for (kind, size), or on one chosen by the time it would take."""
     cluster = Cluster(device=devices[asked[0]], size=asked[1]) if asked else chosen_cluster(run, devices, assumptions)
@@ -54,7 +57,7 @@ def figures(
                   "failure_share": cost.failure_share, "training_share": cost.training_share},
         "experts": _experts(planned, main, cluster),
         "other_devices": _others(run, main, planned, cluster, devices, assumptions, fixed),
-        **_sizes(run),
+        **_sizes(run, contexts),
         "assumptions": _assumptions(cluster.device, assumptions),
     }  # fmt: skip
 
@@ -185,30 +188,37 @@ def _others(
     return rows
 
 
-def _sizes(run: RunConfig) -> dict[str, Any]:
-    """What depends on the model alone."""
-    model, count, cache = run.model, count_parameters(run.model), kv_bytes(run.model)
+def _sizes(run: RunConfig, contexts: Sequence[int]) -> dict[str, Any]:
+    """What depends on the model, and on how it is trained, alone."""
+    return {
+        **model_figures(run.model, contexts, (run.data.sequence_length,)),
+        "training": {"tokens": run.horizon, "batch_tokens": run.train.batch_tokens, "steps": run.steps,
+                     "sequence_length": run.data.sequence_length,
+                     "state_bytes_float32": training_state_bytes(run.model)},
+        "newton_schulz_flops_per_step": sum(newton_schulz_flops(run.model, run.optim)),
+    }  # fmt: skip
+
+
+def model_figures(model: ModelConfig, contexts: Sequence[int], also: Sequence[int] = ()) -> dict[str, Any]:
+    """What depends on the model alone, by contexts: those given, or some up to its own and `also`."""
+    count, cache = count_parameters(model), kv_bytes(model)
     parts = asdict(count)
     del parts["active_experts"]  # part of the routed experts, not beside them
     context = model.max_position_embeddings
-    lengths = sorted({length for length in LENGTHS if length < context} | {context, run.data.sequence_length})
+    lengths = sorted(set(contexts) or {length for length in LENGTHS if length < context} | {context, *also})
     return {
         "parameters": {"total": count.total, "active": count.active,
                        "active_without_embedding_and_head": count.active_without_embedding, "parts": parts},
-        "training": {"tokens": run.horizon, "batch_tokens": run.train.batch_tokens, "steps": run.steps,
-                     "sequence_length": run.data.sequence_length,
-                     "state_bytes_float32": training_state_bytes(model)},
         "flops_per_token": {
             str(length): {"forward": forward_flops(model, length), "attention": attention_flops(model, length),
                           "training": model_flops(model, length)}
             for length in lengths
         },
-        "newton_schulz_flops_per_step": sum(newton_schulz_flops(model, run.optim)),
         "weights_bytes": {"float32": 4 * count.total, "bfloat16": 2 * count.total},
         "kv_bytes_bfloat16": {str(length): cache.at(length, model.sliding_window) for length in lengths},
         "inference": {
             kind: {"weights_bytes": weight_bytes(model, kind),
-                   "read_bytes_per_token": {str(n): read_bytes(model, n, kind, "bfloat16") for n in lengths}}
+                   "read_bytes_per_token": {str(n): read_bytes(model, n, kind, values_of(kind)) for n in lengths}}
             for kind in KINDS
         },
         "request_bytes": {

@@ -167,7 +167,11 @@ def inference_table(found: dict[str, Any]) -> Table:
         for length in requests["bfloat16"]
     ]  # fmt: skip
     header = ["a request of", *(f"KV {name}" for name in requests), *(f"token reads, {name}" for name in kinds)]
-    return Table(header=header, rows=rows)
+    caption = (
+        "as the engine holds them: whole pages and a ring of window and step for a request, weights in panels of 64; "
+        "read with keys and values in bfloat16, beside float32 in float32"
+    )
+    return Table(header=header, rows=rows, caption=caption)
 
 
 def comparison_tables(found: dict[str, Any]) -> list[Table]:

@@ -10,11 +10,14 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-from trinity.base.units import parse_bytes
+from trinity.base.units import parse_bytes, show_bytes
 from trinity.cli.generate import add_loading, loaded
 from trinity.config.serve import ServeConfig
+
+if TYPE_CHECKING:
+    from trinity.engine.engine import Engine
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +46,23 @@ def serve(options: argparse.Namespace) -> None:
         url = url_of(listener)
 
         def announce() -> None:
-            print(f"Serving {model.name} at {url}\n\n{example(url, model.name, bool(keys))}", flush=True)
+            print(f"Serving {model.name} at {url}\n{room(server.service.worker.engine)}\n", flush=True)
+            print(example(url, model.name, bool(keys)), flush=True)
 
-        Server(model, config, keys, listener, announce).serve_until_stopped()
+        server = Server(model, config, keys, listener, announce)
+        server.serve_until_stopped()
+
+
+def room(engine: "Engine") -> str:
+    """What a server holds, and for how much it has room."""
+    from trinity.engine.runner import kv_dtype_of
+
+    pools, context = engine.pools, engine.config.max_position_embeddings
+    values = kv_dtype_of(engine.runner, engine.limits.kv_dtype)
+    return (
+        f"{show_bytes(engine.runner.weight_bytes)} of weights; keys and values in {values} for {pools.tokens:,} "
+        f"tokens, {engine.limits.max_active} requests at a time, each of up to {min(context, pools.tokens):,}"
+    )
 
 
 def example(url: str, name: str, with_key: bool) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trinity.base.errors import DataError, RequestError
+from trinity.base.units import show_bytes
 from trinity.config.engine import EngineLimits
 from trinity.engine.grammar import Matcher, matcher_of
 from trinity.engine.limits import pools_for
@@ -74,8 +75,8 @@ class Engine:
         if whole > room:
             each = self.pools.paged.page_bytes // PAGE
             raise RequestError(
-                f"Prompt and answer may reach {whole} tokens, {whole * each / 2**20:.0f} MiB of keys and values; the "
-                f"engine has room for {room}, {room * each / 2**20:.0f} MiB.",
+                f"Prompt and answer may reach {whole} tokens, {show_bytes(whole * each)} of keys and values; the "
+                f"engine has room for {room}, {show_bytes(room * each)}.",
                 "Shorten the prompt, ask for fewer tokens, or give the engine more memory (kv_bytes).",
             )
         for what, tokens in (("The prompt", request.prompt), ("logit_bias", request.sampling.logit_bias)):

@@ -42,7 +42,7 @@ def pools_for(runner: Runner, limits: EngineLimits) -> Pools:
         )
     if pages < limits.max_active:
         raise UsageError(
-            f"There is room for {pages} pages of 64 tokens ({page / 2**20:.1f} MiB each) among "
+            f"There is room for {pages} pages of 64 tokens ({show_bytes(page)} each) among "
             f"{limits.max_active} requests.",
             "Raise kv_bytes, lower max_active, or free memory.",
         )

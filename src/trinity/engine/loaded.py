@@ -97,8 +97,8 @@ def _runner(stored: StoredModel, dtype: Dtype | None, device: str, expert_bytes:
     if kind in NARROW and where.type != "cpu":
         return _narrow_on(where, stored, cast(narrow.NarrowKind, kind))
     if (packed is not None or kind in NARROW) and not is_loaded():
-        what = "A packed folder" if packed is not None else kind
-        raise UsageError(f"{what} needs the compiled kernels.", "Install g++, or use the model in bfloat16.")
+        what, other = ("A packed folder", "the model it is of") if packed is not None else (kind, "the model")
+        raise UsageError(f"{what} needs the compiled kernels.", f"Install g++, or use {other} in bfloat16.")
     if where.type != "cpu" or not is_loaded():
         for place in {torch.device("cpu"), where}:  # what goes to a GPU is read into memory first
             _check_memory(kind, _plain_bytes(stored.config, kind), place)

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from trinity.base.errors import RequestError
@@ -48,20 +50,27 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             raise RequestError("stop is one string.", "Give the stop strings as a list.")
-        for name in ("max_new_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"):
-            if not isinstance(getattr(self, name), int | None):
-                raise RequestError(f"{name} is {getattr(self, name)}.", "It must be a whole number.")
-        _demand("max_new_tokens", self.max_new_tokens, 0, math.inf)
+        if not isinstance(self.stop, Sequence) or not all(isinstance(text, str) for text in self.stop):
+            raise RequestError(f"stop is {self.stop!r}.", "Give a list of strings.")
+        if not isinstance(self.stop_token_ids, Collection):
+            raise RequestError(f"stop_token_ids is {self.stop_token_ids!r}.", "Give a list of token ids.")
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias is {self.logit_bias!r}.", "Give a dictionary: token id to what is added.")
+        _demand("max_new_tokens", self.max_new_tokens, 0, math.inf, whole=True)
         _demand("temperature", self.temperature, 0, 100)
-        _demand("top_k", self.top_k, 0, math.inf)
+        _demand("top_k", self.top_k, 0, math.inf, whole=True)
         _demand("top_p", self.top_p, 0, 1, above=True)
         _demand("min_p", self.min_p, 0, 1)
         _demand("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
         _demand("presence_penalty", self.presence_penalty, -2, 2)
         _demand("frequency_penalty", self.frequency_penalty, -2, 2)
+        if self.seed is not None:
+            _demand("seed", self.seed, -math.inf, math.inf, whole=True)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _demand(name, getattr(self, name), 0, MOST_TOP_LOGPROBS)
+                _demand(name, getattr(self, name), 0, MOST_TOP_LOGPROBS, whole=True)
+        for token in (*self.stop_token_ids, *self.logit_bias):
+            _demand("A token of stop_token_ids or logit_bias", token, 0, math.inf, whole=True)
         for token, bias in self.logit_bias.items():
             _demand(f"logit_bias of token {token}", bias, -100, 100)
         if any(not text for text in self.stop):
@@ -101,8 +110,10 @@ def constraint_of(
     return Constraint("lark" if name == "grammar" else name, text, bool(after_think))  # type: ignore[arg-type]
 
 
-def _demand(name: str, value: float, low: float, high: float, above: bool = False) -> None:
+def _demand(name: str, value: float, low: float, high: float, above: bool = False, whole: bool = False) -> None:
     """RequestError unless low <= value <= high (low < value with `above`); NaN and infinity never pass."""
+    if not isinstance(value, Integral if whole else Real) or isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r}.", f"It must be a {'whole ' if whole else ''}number.")
     if not low <= value <= high or value == math.inf or (above and value == low):
         reach = f"above {low}" if above else f"at least {low}"
         reach += f" and at most {high}" if high != math.inf else ""

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from trinity.base.progress import progress
+
 _SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = ["-O3", "-std=c++20", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp"]
@@ -73,7 +75,10 @@ def is_loaded() -> bool:
         torch.ops.load_library(str(_built()))
         torch.ops.trinity.use_amx(os.environ.get("TRINITY_KERNELS") != "tiles")
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        _say(f"The CPU kernels are not used, all is slower ({_reason(error)}). Install g++ to have them built.")
+        remedy = "Install g++ to have them built."
+        if isinstance(error, OSError) and error.filename not in (None, os.environ.get("CXX")):
+            remedy = "Make that a place to write in, or name another as XDG_CACHE_HOME."
+        _say(f"The CPU kernels are not used, all is slower ({_reason(error)}). {remedy}")
         return False
     return True
 
@@ -93,7 +98,7 @@ def _built() -> Path:
     with (folder / "build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            _say("Compiling the CPU kernels, once; this takes about half a minute.")
+            _say("Compiling the CPU kernels, once; this takes about a minute.")
             _compile(compiler, library)
     return library
 
@@ -106,7 +111,13 @@ def _compile(compiler: str, library: Path) -> None:
         half = Path(place) / library.name
         objects = [str(half.with_suffix(f".{path.stem}.o")) for path in _SOURCES]
         make = [compiler, *_FLAGS, f"-isystem{root / 'include'}", "-c"]
-        list(pool.map(lambda path, made: run([*make, str(path), "-o", made]), _SOURCES, objects))
+        with progress("Compiling", sum(path.stat().st_size for path in _SOURCES)) as advance:
+
+            def compile_one(path: Path, made: str) -> None:
+                run([*make, str(path), "-o", made])
+                advance(path.stat().st_size)
+
+            list(pool.map(compile_one, _SOURCES, objects))
         run([compiler, *_FLAGS, "-shared", *objects, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(half)])
         half.replace(library)
 

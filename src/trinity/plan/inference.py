@@ -50,6 +50,11 @@ def _past(model: ModelConfig, in_global: int, in_local: int, kv_dtype: str) -> i
     return 2 * model.num_key_value_heads * model.head_dim * VALUE_BYTES[kv_dtype] * tokens
 
 
+def values_of(kind: str) -> str:
+    """What keys and values are kept in beside weights of `kind`, unless somebody says otherwise."""
+    return "float32" if kind == "float32" else "bfloat16"
+
+
 def matrix_bytes(outputs: int, depth: int, kind: str) -> int:
     """Of a matrix [outputs, depth]; 8 and 4 bits take whole groups of depth, or leave it in float32."""
     values = whole(outputs, PANEL) * depth

@@ -181,7 +181,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
-        return from_validation(error).response()
+        return from_validation(error, {*CompletionAsked.model_fields, *ChatAsked.model_fields}).response()
 
     @app.exception_handler(RequestError)
     async def unservable(_: HttpRequest, error: RequestError) -> JSONResponse:

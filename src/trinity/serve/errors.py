@@ -1,5 +1,7 @@
 """Refusals and failures in the OpenAI shape: {"error": {"message", "type", "param", "code"}}."""
 
+from collections.abc import Collection
+from difflib import get_close_matches
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +16,12 @@ KINDS = {
     405: "invalid_request_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
+}
+
+
+HINTS = {
+    "messages": " A content is a text or a list of text parts.",
+    "prompt": " Give a text, token ids, or a list of either.",
 }
 
 
@@ -40,8 +48,8 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-def from_validation(error: RequestValidationError) -> ApiError:
-    """The first complaint of the schema, naming the field and never quoting its value."""
+def from_validation(error: RequestValidationError, known: Collection[str]) -> ApiError:
+    """The first complaint of the schema, naming the field and never quoting its value. `known`: fields there are."""
     first = error.errors()[0]
     place = [str(part) for part in first["loc"][1:]]
     field = place[0] if place else None
@@ -49,19 +57,22 @@ def from_validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, "The body is not JSON. Send one JSON object.")
     if first["type"] == "extra_forbidden":
         path = ".".join(place)
-        return ApiError(400, f"This server does not support the field '{path}'. Leave it out.", path, "unsupported")
+        close = get_close_matches(path, known, n=1, cutoff=0.8)
+        remedy = "Use 'structured_outputs'." if path.startswith("guided_") else "Leave it out."
+        remedy = f"Did you mean '{close[0]}'?" if close else remedy
+        return ApiError(400, f"This server does not support the field '{path}'. {remedy}", path, "unsupported")
     if first["type"] == "missing" and field:
         remedy = "Name one that GET /v1/models lists." if field == "model" else "Add it."
         return ApiError(400, f"The field '{'.'.join(place)}' is missing. {remedy}", ".".join(place))
     if field is None:
         return ApiError(400, "The body must be a JSON object, sent with content-type application/json.")
-    return ApiError(400, f"The field '{field}' is not valid: {first['msg']}.", field)
+    return ApiError(400, f"The field '{field}' is not valid: {first['msg']}.{HINTS.get(field, '')}", field)
 
 
 def from_http(error: HTTPException) -> ApiError:
     """Unknown paths and methods, which the framework itself refuses."""
     if error.status_code == 404:
         return ApiError(
-            404, "There is no such path. Known: /v1/models, /v1/completions, /v1/chat/completions, /health."
+            404, "There is no such path. Known: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics."
         )
     return ApiError(error.status_code, f"{error.detail}.")
