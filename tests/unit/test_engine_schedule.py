@@ -286,7 +286,7 @@ def test_drafts_are_taken_where_a_text_repeats_itself(runner, tokenizer):
 
 def test_what_does_not_fit_is_said_with_the_numbers_before_anything_is_taken(runner, tokenizer, monkeypatch):
     engine = Engine(runner, tokenizer, END, EngineLimits(max_active=2, kv_bytes=page_bytes(4)))
-    with pytest.raises(RequestError, match=r"may reach 300 tokens, .* MiB.*room for 256, .* MiB") as refused:
+    with pytest.raises(RequestError, match=r"may reach 300 tokens, 75.0 KiB .*room for 256, 64.0 KiB") as refused:
         engine.submit(ask([70] * 250, max_new_tokens=50))
     assert "kv_bytes" in refused.value.remedy and not engine.busy
     with pytest.raises(UsageError, match=r"room for 1 pages of 64 tokens .* among 2 requests"):

@@ -118,6 +118,8 @@ def test_what_cannot_be_planned_of_a_model_is_told(folders: Path, asked: list[st
     assert code and not shown.out and told in shown.err and shown.err.count("\n") == 1
 
 
-def test_a_recipe_is_planned_at_the_contexts_asked_for(capsys):
+def test_a_recipe_is_planned_at_the_contexts_asked_for(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # as `trinity demo` leaves it
     assert main(["plan", "demo", "--context", "333", "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["request_bytes"]["bfloat16"]) == ["333"]

@@ -51,13 +51,14 @@ def plan(options: argparse.Namespace) -> None:
 
     from trinity.base.errors import UsageError
     from trinity.cli.plan_text import as_text
+    from trinity.recipes.table import RECIPES
 
     for path, kind in ((options.plot, ".png"), (options.page, ".html")):
         if path and Path(path).suffix.lower() != kind:
             raise UsageError(f"'{path}' would hold a {kind[1:].upper()} file.", f"Give it a name that ends in {kind}.")
     if any(length < 1 for length in options.context):
         raise UsageError("--context takes lengths in tokens, above 0.", "Such as --context 4096 32768.")
-    if Path(options.recipe).is_dir():
+    if options.recipe not in RECIPES and Path(options.recipe).is_dir():
         plan_of_model(options)
         return
     found = planned(options)
