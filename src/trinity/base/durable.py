@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import TypedDict
 
 from trinity.base.errors import StorageError, VerificationError
-from trinity.base.progress import progress
+from trinity.base.progress import Advance, progress
 from trinity.base.units import show_bytes
 
 MANIFEST = "manifest.json"
 SHOWN_FROM = 2**29  # bytes that take a second or more to hash
-Advance = Callable[[int], None]
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>writing|retired)-(?P<process>[0-9]+)(?:-[0-9a-f]+)?", re.DOTALL)
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _NO_MANIFEST = (ValueError, KeyError, TypeError, AttributeError)  # what reading something else as one leads to

@@ -20,7 +20,7 @@ and the same error (`common_failure`), which the first one prints.
 import errno
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -126,9 +126,10 @@ def out_of_memory(error: BaseException) -> str | None:
     return None
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """A remedy sentence offering the known name closest to a mistyped one, or the whole list when none is close."""
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
+def nearest(name: str, known: Collection[str], otherwise: str = "", cutoff: float = 0.5) -> str:
+    """A remedy sentence offering the known name closest to a mistyped one; `otherwise`, or the whole list, when none is
+    as close as `cutoff` (of 1, the same)."""
+    close = get_close_matches(name, known, n=1, cutoff=cutoff)
     if close:
         return f"Did you mean '{close[0]}'?"
-    return f"Known: {', '.join(sorted(known))}."
+    return otherwise or f"Known: {', '.join(sorted(known))}."

@@ -8,12 +8,13 @@ from threading import Timer
 
 from trinity.base.units import show_seconds
 
+Advance = Callable[[int], None]  # told how much was done since
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BEFORE_BAR = 0.5  # what is done by then needs none
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int) -> Iterator[Advance]:
     """Yields `advance(amount)`; `total` is the sum of amounts expected."""
     if sys.stderr.isatty():
         with _bar(label, total) as advance:
@@ -23,7 +24,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(label: str, total: int) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -41,7 +42,7 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         bar.stop()
 
 
-def _lines(label: str, total: int) -> Callable[[int], None]:
+def _lines(label: str, total: int) -> Advance:
     begun = time.monotonic()
     done, next_line = 0, begun + SECONDS_BETWEEN_LINES
 

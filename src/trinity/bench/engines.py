@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -234,7 +235,7 @@ class Llama:
         context, going, written = self._empty_context(len(requests)), list(range(len(requests))), 1
         started = time.perf_counter()
         rows = [(token, place, row) for row, (prompt, _) in enumerate(requests) for place, token in enumerate(prompt)]
-        ends = [n for n, one in enumerate(rows) if one[1] == len(requests[one[2]][0]) - 1]
+        ends = [end - 1 for end in accumulate(len(prompt) for prompt, _ in requests)]
         newest = self.read(context, rows, ends).argmax(1)
         while going := [row for row in going if requests[row][1] > written]:
             rows = [(int(newest[row]), len(requests[row][0]) + written - 1, row) for row in going]

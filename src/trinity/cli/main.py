@@ -11,7 +11,6 @@ import os
 import re
 import socket
 import sys
-from difflib import get_close_matches
 from typing import NoReturn
 
 from trinity.base import launch
@@ -55,8 +54,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         known = [option for action in self._actions for option in action.option_strings]
-        close = get_close_matches(unknown[1], known, n=1) if unknown else []
-        remedy = f"Did you mean '{close[0]}'?" if close else f"Try '{self.prog} --help'."
+        remedy = f"Try '{self.prog} --help'."
+        remedy = nearest(unknown[1], known, remedy, cutoff=0.6) if unknown else remedy
         complaint = f"{self.prog}: {message}. {remedy}"
         launch.note_end(complaint)
         self.exit(2, f"{complaint}\n")

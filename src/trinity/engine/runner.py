@@ -20,6 +20,7 @@ from trinity.engine.step import ExpertReads, Output, Rows
 from trinity.engine.weights import DecoderWeights, Kind, decoder_weights
 from trinity.kernels.compiled import is_loaded
 from trinity.model.transformer import Transformer
+from trinity.plan.inference import values_of
 
 
 class Runner(Protocol):
@@ -48,7 +49,7 @@ class CompiledRunner:
         config = weights.config
         self.config = config
         self.device = torch.device("cpu")
-        self.kv_dtype: KvDtype = "float32" if weights.kind == "float32" else "bfloat16"
+        self.kv_dtype: KvDtype = values_of(weights.kind)
         self.weight_bytes, self.step_bytes = weights.bytes, 0
         self.expert_rows = torch.zeros(config.num_sparse_layers, config.num_experts, dtype=torch.int64)
         self._decoder, self._cache = weights.decoder(), weights.cache

@@ -10,6 +10,7 @@ A token at batch 1 reads what is always on, its experts, and its keys and values
 least time that it can take.
 """
 
+from trinity.config.engine import KvDtype
 from trinity.config.model import ModelConfig
 
 PAGE, PANEL, GROUP = 64, 64, 32  # tokens; outputs; values of depth that share a scale
@@ -50,7 +51,7 @@ def _past(model: ModelConfig, in_global: int, in_local: int, kv_dtype: str) -> i
     return 2 * model.num_key_value_heads * model.head_dim * VALUE_BYTES[kv_dtype] * tokens
 
 
-def values_of(kind: str) -> str:
+def values_of(kind: str) -> KvDtype:
     """What keys and values are kept in beside weights of `kind`, unless somebody says otherwise."""
     return "float32" if kind == "float32" else "bfloat16"
 

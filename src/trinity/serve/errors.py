@@ -1,12 +1,13 @@
 """Refusals and failures in the OpenAI shape: {"error": {"message", "type", "param", "code"}}."""
 
 from collections.abc import Collection
-from difflib import get_close_matches
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+
+from trinity.base.errors import nearest
 
 KINDS = {
     400: "invalid_request_error",
@@ -57,9 +58,8 @@ def from_validation(error: RequestValidationError, known: Collection[str]) -> Ap
         return ApiError(400, "The body is not JSON. Send one JSON object.")
     if first["type"] == "extra_forbidden":
         path = ".".join(place)
-        close = get_close_matches(path, known, n=1, cutoff=0.8)
         remedy = "Use 'structured_outputs'." if path.startswith("guided_") else "Leave it out."
-        remedy = f"Did you mean '{close[0]}'?" if close else remedy
+        remedy = nearest(path, known, remedy, cutoff=0.8)
         return ApiError(400, f"This server does not support the field '{path}'. {remedy}", path, "unsupported")
     if first["type"] == "missing" and field:
         remedy = "Name one that GET /v1/models lists." if field == "model" else "Add it."
